@@ -1,0 +1,161 @@
+"""What every test shares: the golden numbers, the weights and inputs they were made with, and a way to run a script.
+
+`goldens.json` holds what the published implementations (MAE, MoCo-v3, MAE-Lite, ...) compute on weights and inputs given
+by formula: `fill` and `images` below are those formulas. Agreement: 1e-6 relative in float64, 1e-4 in float32.
+"""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
+SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)  # of the golden networks
+TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, mlp_ratio=4)
+torch.set_num_threads(2)
+
+
+def value(name, shape):
+    """The golden value of a parameter, in float64."""
+    v = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("cls_token", "mask_token"):
+        v = 0.5 * v
+    elif len(shape) == 1:
+        v = 0.1 * v + (leaf == "weight")  # 1-D weights are those of LayerNorm and BatchNorm
+    else:
+        v = v / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(v)
+
+
+def fill(module, prefix="", dtype=torch.float64, rename=lambda name: name):
+    """Casts a module and gives each parameter its golden value (the fixed position tables stay)."""
+    module.to(dtype)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if not name.endswith("pos_embed"):
+                parameter.copy_(value(prefix + rename(name), tuple(parameter.shape)))
+    return module
+
+
+def images(n=4, size=32, dtype=torch.float64):
+    return torch.from_numpy(np.random.RandomState(1000 * n + size).standard_normal((n, 3, size, size))).to(dtype)
+
+
+def noise(n, length, dtype=torch.float64):
+    return torch.from_numpy(np.random.RandomState(7).random_sample((n, length))).to(dtype)
+
+
+def agrees(tensor, golden, tolerance=1e-6):
+    """Asserts that a tensor is the golden one: a number, nested lists, or a summary of a big tensor."""
+    if not isinstance(golden, dict):
+        expected = torch.tensor(golden, dtype=torch.float64)
+        actual = torch.as_tensor(tensor).detach().double()
+    else:
+        assert list(tensor.shape) == golden["shape"]
+        flat = tensor.detach().double().flatten()
+        actual = torch.cat([torch.stack([flat.std(correction=0), flat.abs().sum(), flat.norm()]), flat[:16], flat[golden["rand_idx"]]])
+        expected = torch.tensor([golden["std"], golden["abs_sum"], golden["l2"], *golden["first16"], *golden["rand_vals"]],
+                                dtype=torch.float64)
+    scale = expected.abs() + 1e-3 * expected[torch.isfinite(expected)].abs().mean()  # relative, near zero: to the mean
+    worst = ((actual - expected).abs() / scale).max().item()
+    assert worst <= tolerance, f"off by {worst:.1e}, allowed {tolerance:.0e}"
+
+
+def start(script, *arguments, ranks=1, cwd=ROOT, **popen):
+    """Starts `python script ...` (or torchrun with `ranks` gloo processes) and returns the process."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def run(script, *arguments, code=0, **kw):
+    """Runs a script to its end, asserts its exit code, returns what it printed (stdout, then stderr)."""
+    process = start(script, *arguments, **kw)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit {process.returncode}, expected {code}:\n{out[-3000:]}\n{err[-3000:]}"
+    return out + err
+
+
+def refused(script, *arguments, **kw):
+    """Runs a script that must refuse its input: exit code 2, one line on stderr, no traceback. Returns the line."""
+    process = start(script, *arguments, **kw)
+    _, err = process.communicate(timeout=300)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, f"exit {process.returncode}:\n{err[-3000:]}"
+    return lines[0]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def same_state(a, b, tolerance=0.0):
+    """Asserts that two checkpoints hold the same model and optimizer: bit for bit, or to a tolerance."""
+    a, b = (torch.load(Path(folder) / "last.pt", weights_only=True) for folder in (a, b))
+    assert a["step"] == b["step"]
+    tensors_a, tensors_b = [dict(flatten({"model": c["model"], "optimizer": c["optimizer"]})) for c in (a, b)]
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, x in tensors_a.items():
+        y = tensors_b[name]
+        if isinstance(x, torch.Tensor):
+            difference = (x.double() - y.double()).abs().max().item() if x.numel() else 0
+            assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def flatten(tree, name=""):
+    if isinstance(tree, (dict, list)):
+        for key, value in (tree.items() if isinstance(tree, dict) else enumerate(tree)):
+            yield from flatten(value, f"{name}.{key}")
+    else:
+        yield name, tree
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """JPEGs of three classes, 12 for training and 6 for validation each, 48 x 40 to 80 x 72 pixels."""
+    from PIL import Image
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for kind in ("bird", "boat", "bus"):
+            (root / split / kind).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+                size = (int(rng.integers(66, 80)), int(rng.integers(66, 72)))
+                Image.fromarray(coarse).resize(size, Image.BICUBIC).save(root / split / kind / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """32 x 32 PNGs of two classes, as CIFAR-100 comes."""
+    from PIL import Image
+    import vit
+    root = tmp_path_factory.mktemp("small")
+    pixels, _ = vit.toy_shapes(36, 32, seed=3)
+    for i, image in enumerate(pixels):
+        folder = root / ("train" if i < 24 else "val") / ("even", "odd")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
+    return root
+
+
+def function_source(path, name):
+    """The text of one top-level function or class of a script."""
+    match = re.search(rf"^(?:@.*\n)?(?:def|class) {name}\b.*?(?=^\S(?<!\)))", (ROOT / path).read_text() + "\n#", re.M | re.S)
+    return match.group(0) if match else None
