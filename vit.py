@@ -229,6 +229,10 @@ def init_weights(model):
 
 # ------------------------------------------------------------------------------------------------ weights
 
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the message names the file or the tensor."""
+
+
 class LoadReport(NamedTuple):
     missing: list  # tensors of the model that the file has not: they keep their initial values
     unused: list   # tensors of the file that the model has no place for
@@ -243,7 +247,7 @@ def read_weights(path_or_state, branch="base_encoder"):
 
     Reads MAE, MAE-Lite, MoCo-v3, DeiT, timm and this project's checkpoints, from a path or already loaded. The encoder
     is found by its patch embedding, whatever the prefix; where a file has two (MoCo-v3), `branch` names one of them.
-    ValueError for what is not a checkpoint, or holds no Vision Transformer.
+    WeightsError for what is not a checkpoint, or holds no Vision Transformer.
     """
     name, state = "the state dict", path_or_state
     if not isinstance(path_or_state, dict):
@@ -252,9 +256,9 @@ def read_weights(path_or_state, branch="base_encoder"):
             with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their settings in one
                 state = torch.load(path_or_state, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise ValueError(f"{name}: cannot be opened ({error.strerror})") from None
+            raise WeightsError(f"{name}: cannot be opened ({error.strerror})") from None
         except Exception as error:  # torch.load fails in many ways on what is not a checkpoint
-            raise ValueError(f"{name}: not a PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+            raise WeightsError(f"{name}: not a PyTorch checkpoint ({str(error).splitlines()[0]})") from None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -263,7 +267,7 @@ def read_weights(path_or_state, branch="base_encoder"):
     if len(prefixes) > 1:
         prefixes = [prefix for prefix in prefixes if branch in prefix]
     if len(prefixes) != 1:
-        raise ValueError(f"{name}: holds no Vision Transformer ({anchor} is missing, or there is no {branch!r} among several)")
+        raise WeightsError(f"{name}: holds no Vision Transformer ({anchor} is missing, or there is no {branch!r} among several)")
     prefix = prefixes[0]
     return ({key[len(prefix):]: tensor for key, tensor in state.items() if key.startswith(prefix)},
             [key for key in state if not key.startswith(prefix)])
@@ -274,7 +278,7 @@ def load_weights(model, path_or_state, branch="base_encoder"):
 
     The position embedding is interpolated to the model's grid. What may differ is the end of the network (`norm`,
     `fc_norm`, `head`: a head of another size is initialised afresh) and what pre-training leaves behind (decoder, mask
-    token, projector). ValueError, naming the tensor and both shapes, for anything else.
+    token, projector). WeightsError, naming the tensor and both shapes, for anything else.
     """
     state, others = read_weights(path_or_state, branch)
     own = model.state_dict()
@@ -286,11 +290,11 @@ def load_weights(model, path_or_state, branch="base_encoder"):
         if key in own and tensor.shape == own[key].shape:
             fitting[key] = tensor
         elif key in own and not key.startswith("head."):
-            raise ValueError(f"{key}: {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the model")
+            raise WeightsError(f"{key}: {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the model")
     missing, unused = [key for key in own if key not in fitting], [key for key in state if key not in fitting]
     for key in missing + unused:
         if not key.startswith(("norm.", "fc_norm.", "head", "pre_logits.", "decoder_", "mask_token")):
-            raise ValueError(f"{key}: {tuple(own[key].shape)} in the model, none in the file" if key in own else
+            raise WeightsError(f"{key}: {tuple(own[key].shape)} in the model, none in the file" if key in own else
                              f"{key}: {tuple(state[key].shape)} in the file, none in the model")
     model.load_state_dict(fitting, strict=False)
     return LoadReport(missing, unused + others)
@@ -300,7 +304,7 @@ def from_weights(path_or_state, num_heads=12, branch="base_encoder", **kw):
     """A VisionTransformer whose sizes are read off a checkpoint, filled from it; returns `(model, report)`.
 
     Heads leave no trace in the shapes: all networks here have 12, DeiT-Tiny has 3, DeiT-Small 6. A classifier's head and
-    pooling are kept; `kw` overrides. ValueError as `load_weights`.
+    pooling are kept; `kw` overrides. WeightsError as `load_weights`.
     """
     state, _ = read_weights(path_or_state, branch)
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -313,7 +317,7 @@ def from_weights(path_or_state, num_heads=12, branch="base_encoder", **kw):
             "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
             "global_pool": "avg" if "fc_norm.weight" in state else "token"}
     except (KeyError, ValueError):
-        raise ValueError("the checkpoint has a patch embedding but no position embedding or blocks: not a whole ViT") from None
+        raise WeightsError("the checkpoint has a patch embedding but no position embedding or blocks: not a whole ViT") from None
     model = VisionTransformer(**{**sizes, **kw})
     return model, load_weights(model, path_or_state, branch)
 
@@ -345,8 +349,8 @@ def draw_shapes(img_size, rng, count=256):
     uniform = torch.from_numpy(rng.random((count, 20), dtype=np.float32))[:, :, None, None]  # (count, 20, 1, 1)
     axis = (torch.arange(img_size) + 0.5) / img_size * 2 - 1                              # pixel centres in (-1, 1)
     x, y = axis[None, None, :], axis[None, :, None]
-    size = 0.45 + 0.35 * uniform[:, 0]
-    dx, dy = x - (uniform[:, 1] - 0.5) * 0.9, y - (uniform[:, 2] - 0.5) * 0.9             # (count, S, S)
+    size = 0.55 + 0.3 * uniform[:, 0]
+    dx, dy = x - (uniform[:, 1] - 0.5) * 0.7, y - (uniform[:, 2] - 0.5) * 0.7             # (count, S, S)
     angle = 2 * math.pi * uniform[:, 3]
     u, v = (dx * angle.cos() + dy * angle.sin()) / size, (dy * angle.cos() - dx * angle.sin()) / size
     radius, theta = torch.hypot(u, v), torch.atan2(v, u)

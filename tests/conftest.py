@@ -3,9 +3,12 @@
 `goldens.json` holds what the published implementations (MAE, MoCo-v3, MAE-Lite, ...) compute on weights and inputs given
 by formula: `fill` and `images` below are those formulas. Agreement: 1e-6 relative in float64, 1e-4 in float32.
 """
+import importlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -92,13 +95,58 @@ def run(script, *arguments, code=0, **kw):
     return out + err
 
 
-def refused(script, *arguments, **kw):
-    """Runs a script that must refuse its input: exit code 2, one line on stderr, no traceback. Returns the line."""
-    process = start(script, *arguments, **kw)
-    _, err = process.communicate(timeout=300)
-    lines = [line for line in err.splitlines() if line.startswith("error:")]
-    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, f"exit {process.returncode}:\n{err[-3000:]}"
+def call(module, *arguments):
+    """Runs a script's `main` in this process: `call(mae, "--out", folder)`. The signal handlers it sets are undone."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        module.run(lambda: module.main([str(argument) for argument in arguments]))
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def refused(capsys, module, *arguments):
+    """Runs a script that must refuse its input: exit code 2 and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as ended:
+        call(module, *arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+# Processes of a script that start at once: a server imports it one time and forks.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vit", "mae"])
+
+
+def forked(script, arguments, environment):
+    os.environ.update(environment)
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    module = importlib.import_module(script)
+    module.run(lambda: module.main(arguments))
+
+
+def launch(script, *arguments, ranks=1):
+    """Starts `script` (its module's name) on so many gloo ranks, as torchrun would; returns the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(ranks):
+        environment = {"CUDA_VISIBLE_DEVICES": ""}
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(FORKS.Process(target=forked, args=(script, [str(a) for a in arguments], environment)))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes, code=0):
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == code, f"exit {process.exitcode}, expected {code}"
 
 
 def log_of(folder):
