@@ -373,11 +373,16 @@ def read_image(path):
         raise BadInput(f"{path}: unreadable image ({re.split(r'[.]cpp:[0-9]+, ', str(error))[-1].splitlines()[0]})") from None
 
 
+def image_at(data, i):
+    """Image i of a `Data`, uint8 `(3, H, W)`."""
+    return read_image(os.fsdecode(data.files[i])) if data.pixels is None else data.pixels[i]
+
+
 def centre_crops(data, index, args):
     """Evaluation's view of some images: resized to 256/224 of the size, bicubic, centre crop; float `(n, 3, S, S)`, 0 to 255."""
     images = []
     for i in index:
-        image = read_image(os.fsdecode(data.files[i])) if data.pixels is None else data.pixels[i]
+        image = image_at(data, i)
         if image.shape[1:] != (args.img_size, args.img_size):
             image = v2.functional.resize(image, round(args.img_size * 256 / 224), v2.InterpolationMode.BICUBIC, antialias=True)
         images.append(v2.functional.center_crop(image, args.img_size))
@@ -414,17 +419,18 @@ def draw_cka(figure, models, cka):
         axis.set(xlabel=f"layer of {x}", ylabel=f"layer of {y}", title=x if x == y else f"{y} and {x}",
                  xticks=range(0, len(parts[x]), step), yticks=range(0, len(parts[y]), step))
     figure.colorbar(picture, ax=[axis for axis, _, _ in heat], label="CKA", shrink=0.6).outline.set_visible(False)
-    for colour, label in zip(COLOURS, labels):
-        own, other = parts[label], parts[first]
-        same = similarity[own, other] if len(own) == len(other) and label != first else None
-        if same is not None:
-            spread = 2 * error[own, other]
-            lines.plot(same, color=colour, marker="o", markersize=3, label=f"{label}, same layer")
+    last = parts[first][-1]
+    for colour, label in list(zip(COLOURS, labels))[len(labels) > 1:]:  # the first with itself only where it is alone
+        lines.plot(similarity[parts[label], last], color=colour, linestyle="--", linewidth=1)
+        if len(parts[label]) == len(parts[first]) and label != first:
+            same, spread = (values[parts[label], parts[first]] for values in (similarity, 2 * error))
+            lines.plot(same, color=colour, marker="o", markersize=3, label=label)
             lines.fill_between(range(len(same)), same - spread, same + spread, color=colour, alpha=0.2, linewidth=0)
-        lines.plot(similarity[own, other[-1]], color=colour, linestyle="--", linewidth=1, label=f"{label}, last layer")
-    lines.set(xlabel="layer", ylabel=f"CKA with {first}'s", ylim=(min(0, similarity.min()), 1.03))
+    lines.plot([], color="0.4", linestyle="--", linewidth=1, label="with its last layer")
+    lines.set(xlabel="layer", ylabel=f"CKA with {first}'s same layer" if len(labels) > 1 else "CKA",
+              xticks=range(0, max(depths), 2), ylim=(min(0, similarity.min()), 1.03))
     lines.set_box_aspect(1)
-    lines.legend(fontsize=7, handlelength=1.5, framealpha=0.6)
+    lines.legend(fontsize=8, handlelength=1.5, framealpha=0.6)
 
 
 def draw_fourier(figure, models, fourier):
@@ -465,7 +471,7 @@ def draw_attention(figure, models, distance, entropy):
             axis.axhline(limit, color="0.6", linestyle="--", linewidth=1, label="uniform attention")
             axis.plot(layers, heads, ".", color=colour, alpha=0.7, markersize=5)
             axis.plot(layers, heads.mean(1), color=colour, label="mean of the heads")
-            axis.set(ylim=(0, 1.08 * float(limit)), xticks=layers[::1 if len(layers) < 8 else 2])
+            axis.set(xticks=layers[::1 if len(layers) < 8 else 2])
         row[0].set_ylabel(name)
     for axis, label in zip(axes[0], models):
         axis.set_title(label)
@@ -498,7 +504,7 @@ def draw_maps(figure, models, images, pixels, layers):
 def heights(n, rows):
     """Inches that each figure needs for `n` models, and `rows` images with maps."""
     return {"cka": 4.2 if n == 1 else 2 * min(8.2 / n, 3) + 1.1, "fourier": 3.3 if n < 3 else 5.2, "attention": 5,
-            "maps": 0.7 + n * rows * 1.45}
+            "maps": 0.7 + 1.45 * n * rows}
 
 
 # -------------------------------------------------------------------------------------------------- numbers
@@ -552,7 +558,8 @@ def open_models(args, device):
             models[label], report = vit.from_weights(path, num_heads=num_heads)
         except ValueError as error:
             raise BadInput(f"model {label}: {error}") from None
-        print(f"{label}: {path}; {report}")
+        unused = sorted({key.split(".")[0] for key in report.unused})
+        print(f"{label}: {path}; initialised afresh: {', '.join(report.missing) or 'nothing'}; unused: {', '.join(unused) or 'nothing'}")
     trained = next((model for model in models.values() if model), None)
     for i, label in enumerate(models):  # untrained: of the size of the first trained one
         if models[label] is None:
@@ -616,7 +623,8 @@ def analyse(args):
     if args.what in ("cka", "all") and len(parts[-1]) < 4:
         raise BadInput(f"cka: {len(index)} images in mini-batches of --batch-size {args.batch_size}: the unbiased estimator needs "
                        "at least 4 in each")
-    title = f"{len(index):,} {which} images of " + ("toy shapes" if args.data == "toy" else Path(args.data).name)
+    kind = "toy shapes" if args.data == "toy" else Path(args.data).name
+    title = f"{len(index):,} {which} images of {kind}"
     print(f"{args.what}: {title}, {len(parts)} mini-batches of {len(parts[0])}, on {device}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -636,8 +644,8 @@ def analyse(args):
     if args.what in ("maps", "all"):
         shown = centre_crops(data, index[:args.shown], args).to(device)
         depth = min(len(model.blocks) for model in models.values())
-        layers = args.layers or sorted({1, (depth + 1) // 2, depth})
-        panels["maps"] = ("Attention of the class token, mean of the heads, " + title.split("images of ")[1], draw_maps,
+        layers = args.layers or sorted({1, math.ceil(depth / 3), math.ceil(depth * 2 / 3), depth})
+        panels["maps"] = (f"Attention of the class token (mean of the heads, each map from 0 to its maximum), {kind}", draw_maps,
                           (normalize(shown, args), shown / 255, layers))
     inches = heights(len(models), min(args.shown, len(index)))
     with matplotlib.rc_context(STYLE):
@@ -671,8 +679,8 @@ def main(argv=None):
     add("--download", action="store_true", help="fetch a named data set into --root first")
     add("--images", type=int, default=1024, help="look at this many, chosen by --seed")
     add("--batch-size", type=int, default=64, help="images in a mini-batch")
-    add("--layers", type=int, nargs="+", help="maps: of these blocks, from 1 (default: first, middle, last)")
-    add("--shown", type=int, default=3, help="maps: of this many images")
+    add("--layers", type=int, nargs="+", help="maps: of these blocks, from 1 (default: four of them)")
+    add("--shown", type=int, default=2, help="maps: of this many images")
     add("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="of the images, subtracted (default: ImageNet's)")
     add("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="of the images, divided by (default: ImageNet's)")
     add("--seed", type=int, default=0)

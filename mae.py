@@ -523,11 +523,12 @@ class Log:
     """Rank 0's log.jsonl, and the same on the screen: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, folder, step, steps, rank):
-        self.path, self.active, self.steps = folder / "log.jsonl", rank == 0, steps
+        self.path, self.active = folder / "log.jsonl", rank == 0
         self.bar = tqdm(total=steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
         if self.active:  # drop what was logged after the checkpoint that is resumed
             lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-            self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            whole = [line for line in lines if line.endswith("}")]
+            self.path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
     def __call__(self, **entry):
         if not self.active:
