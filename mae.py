@@ -30,6 +30,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,7 +187,8 @@ class BadInput(Exception):
     """Something the user can mend: one line that names it, exit code 2."""
 
 
-class Data(NamedTuple):
+@dataclass
+class Data:
     """Images on disk (`files`) or, where they are small, in memory (`pixels (n, 3, H, W)` uint8), with labels `(n,)` or None."""
     files: np.ndarray | None
     pixels: torch.Tensor | None
@@ -210,9 +212,9 @@ def open_data(args, train):
     if data is None or not train or (args.fraction == 1 and not args.long_tail):
         return data
     kept = subset(data, args)
-    return data._replace(files=None if data.files is None else data.files[kept],
-                         pixels=None if data.pixels is None else data.pixels[torch.from_numpy(kept)],
-                         labels=None if data.labels is None else data.labels[kept])
+    return replace(data, files=None if data.files is None else data.files[kept],
+                   pixels=None if data.pixels is None else data.pixels[torch.from_numpy(kept)],
+                   labels=None if data.labels is None else data.labels[kept])
 
 
 def open_splits(args, rank):

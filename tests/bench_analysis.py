@@ -30,6 +30,16 @@ def networks():
         yield vit.vit_tiny().eval()
 
 
+def photographs(folder, images):
+    """A folder of JPEGs of 320 x 256 pixels, as an analysis of real images reads and resizes them."""
+    from torchvision.io import write_jpeg
+    folder.mkdir(parents=True)
+    for i in range(images):
+        coarse = torch.rand(1, 3, 8, 10, generator=torch.Generator().manual_seed(i)) * 255
+        write_jpeg(torch.nn.functional.interpolate(coarse, (256, 320), mode="bicubic").clamp(0, 255).byte()[0],
+                   str(folder / f"{i}.jpg"))
+
+
 def mini_batches(images):
     for i in range(images // BATCH):
         yield torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(i))
@@ -93,9 +103,10 @@ def bench_analysis(images=1024):
     with tempfile.TemporaryDirectory() as folder:
         for i, model in enumerate(networks()):
             torch.save({"model": model.state_dict()}, Path(folder) / f"model{i}.pt")
+        photographs(Path(folder) / "val" / "kind", images)
         began = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / "analysis.py", "all", "model0.pt", "model1.pt", "--images", str(images), "--batch-size",
-                        str(BATCH)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, ROOT / "analysis.py", "all", "model0.pt", "model1.pt", "--data", folder,
+                        "--images", str(images), "--batch-size", str(BATCH)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         rows["analysis.py all"] = {"whole": time.perf_counter() - began,  # the only child so far, so the largest
                                    "gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20}
     rows |= {"analysis.CKA": row("fast"), "plain double loop": row("plain")}

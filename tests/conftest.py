@@ -3,11 +3,11 @@
 `goldens.json` holds what the published implementations (MAE, MoCo-v3, MAE-Lite, ...) compute on weights and inputs given
 by formula: `fill` and `images` below are those formulas. Agreement: 1e-6 relative in float64, 1e-4 in float32.
 """
+import ast
 import importlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
 SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)  # of the golden networks
 TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, mlp_ratio=4)
-torch.set_num_threads(2)
 
 
 def value(name, shape):
@@ -204,6 +203,7 @@ def small_folder(tmp_path_factory):
 
 
 def function_source(path, name):
-    """The text of one top-level function or class of a script."""
-    match = re.search(rf"^(?:@.*\n)?(?:def|class) {name}\b.*?(?=^\S(?<!\)))", (ROOT / path).read_text() + "\n#", re.M | re.S)
-    return match.group(0) if match else None
+    """The text of one top-level function or class of a script, decorators included."""
+    text = (ROOT / path).read_text()
+    node = next(node for node in ast.parse(text).body if getattr(node, "name", None) == name)
+    return "\n".join(text.splitlines()[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1:node.end_lineno])
