@@ -1,7 +1,7 @@
 """What the networks learned: layer similarity, frequencies and attention of pre-trained Vision Transformers, as figures.
 
 The half of A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023, Sec. 4) that explains the other
-half. Four instruments look at the layers of one or more checkpoints; layer 0 is the patch embedding.
+half. Four instruments look at the layers of one or more checkpoints; layer 0 is the patch embedding, position added.
 
     cka        how similar two layers are: unbiased centred kernel alignment (Fig. 1, 6; Nguyen et al., 2021)
     fourier    how much fine detail a layer keeps: log amplitude at each frequency, relative to 0 (Fig. 3)
@@ -27,8 +27,8 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -46,7 +46,7 @@ import vit
 # ------------------------------------------------------------------------------- layer similarity (Fig. 1, Fig. 6)
 
 class CKA:
-    """Centred kernel alignment between each of `n1` and each of `n2` layers, from mini-batches (Nguyen et al., 2021, Sec. 3.1).
+    """Centred kernel alignment between each of `n1` and each of `n2` layers, from mini-batches (Nguyen et al., 2021).
 
     Two layers are similar if they find the same images similar: with Gram matrices `K = X X^T`, `L = Y Y^T` of a mini-batch,
 
@@ -93,13 +93,13 @@ class CKA:
         return KL / (KK * LL).sqrt()
 
     def standard_error(self):
-        """Standard error of `compute()`, `(n1, n2)`: its spread over mini-batches, by the delta method. nan for fewer than two."""
+        """Standard error of `compute()`, `(n1, n2)`: its spread over mini-batches, by the delta method; nan if there is one."""
         mean = self.mean()                                              # (n1, n2, 3)
         KL, KK, LL = mean.unbind(-1)
         gradient = torch.stack([torch.ones_like(KL), -KL / (2 * KK), -KL / (2 * LL)], -1) / (KK * LL).sqrt()[..., None]
         covariance = self.products / self.batches - mean[..., :, None] * mean[..., None, :]
         variance = torch.einsum("xyi,xyij,xyj->xy", gradient, covariance, gradient).clamp(min=0)
-        return (variance / (self.batches - 1)).sqrt() if self.batches > 1 else torch.full_like(KL, math.nan)
+        return (variance / (self.batches - 1 or math.nan)).sqrt()
 
     def mean(self):
         if not self.batches:
@@ -260,7 +260,8 @@ class BadInput(Exception):
     """Something the user can mend: one line that names it, exit code 2."""
 
 
-class Data(NamedTuple):
+@dataclass
+class Data:
     """Images on disk (`files`) or, where they are small, in memory (`pixels (n, 3, H, W)` uint8), with labels `(n,)` or None."""
     files: np.ndarray | None
     pixels: torch.Tensor | None
@@ -284,9 +285,9 @@ def open_data(args, train):
     if data is None or not train or (args.fraction == 1 and not args.long_tail):
         return data
     kept = subset(data, args)
-    return data._replace(files=None if data.files is None else data.files[kept],
-                         pixels=None if data.pixels is None else data.pixels[torch.from_numpy(kept)],
-                         labels=None if data.labels is None else data.labels[kept])
+    return replace(data, files=None if data.files is None else data.files[kept],
+                   pixels=None if data.pixels is None else data.pixels[torch.from_numpy(kept)],
+                   labels=None if data.labels is None else data.labels[kept])
 
 
 def folder_data(root, train):
@@ -428,7 +429,7 @@ def draw_cka(figure, models, cka):
             lines.fill_between(range(len(same)), same - spread, same + spread, color=colour, alpha=0.2, linewidth=0)
     lines.plot([], color="0.4", linestyle="--", linewidth=1, label="with its last layer")
     lines.set(xlabel="layer", ylabel=f"CKA with {first}'s same layer" if len(labels) > 1 else "CKA",
-              xticks=range(0, max(depths), 2), ylim=(min(0, similarity.min()), 1.03))
+              xticks=range(0, max(depths), 2), ylim=(min(0, np.nan_to_num(similarity).min()), 1.03))
     lines.set_box_aspect(1)
     lines.legend(fontsize=8, handlelength=1.5, framealpha=0.6)
 
@@ -463,7 +464,7 @@ def draw_attention(figure, models, distance, entropy):
     """Distance and entropy of every head (dots) over the layers, a column per model; blocks count from 1 (Fig. 5)."""
     axes = figure.subplots(2, len(models), sharex="col", sharey="row", squeeze=False)
     model = next(iter(models.values()))  # all have the same patches here
-    uniform = patch_distances(model.grid, model.patch_size).mean(), math.log(model.grid ** 2)
+    uniform = patch_distances(model.grid, model.patch_size).mean().item(), math.log(model.grid ** 2)
     names = "attention distance (pixels)", "attention entropy (nats)"
     for row, values, limit, name in zip(axes, (distance, entropy), uniform, names):
         for axis, colour, (label, heads) in zip(row, COLOURS, values.items()):
@@ -490,9 +491,9 @@ def draw_maps(figure, models, images, pixels, layers):
         maps = vit.attention_maps(model, fit(images[i:i + 1], model))                       # (depth, 1, h, N, N)
         pictures = {f"layer {layer}": maps[layer - 1, 0].mean(0) for layer in layers}
         pictures["rollout"] = attention_rollout(maps)[0]
-        axis_row[0].imshow(pixels[i].permute(1, 2, 0).cpu())
+        axis_row[0].imshow(pixels[i].permute(1, 2, 0).cpu().numpy())
         for axis, (name, picture) in zip(axis_row[1:], pictures.items()):
-            axis.imshow(picture[0, 1:].view(model.grid, model.grid).cpu(), cmap="viridis", vmin=0)
+            axis.imshow(picture[0, 1:].view(model.grid, model.grid).cpu().numpy(), cmap="viridis", vmin=0)
             axis.set_title(name if (label, i) == rows[0] else "")
         axis_row[0].set_ylabel(label if i == 0 else "")
     axes[0, 0].set_title("image")
@@ -541,36 +542,37 @@ def open_models(args, device):
     """The networks to compare, `{label: VisionTransformer}`, sizes read off the checkpoints; says what it loads. BadInput."""
     names = args.models or [str(path) for path in sorted(Path("runs").glob("*/last.pt"))] or ["random"]
     if not args.models:
-        print("no models named: " + ("there is none in runs/*/last.pt either, so an untrained ViT is compared with itself"
-                                     if names == ["random"] else f"comparing what is in runs/: {', '.join(names)}"))
+        print("no models named: " + (f"comparing what is in runs/: {', '.join(names)}" if names != ["random"] else
+                                     "there is none in runs/*/last.pt either, so an untrained ViT is compared with itself"))
     heads = args.heads * len(names) if len(args.heads) == 1 else args.heads
     if len(heads) != len(names):
         raise BadInput(f"--heads: {len(heads)} numbers for {len(names)} models (give one for all, or one each)")
-    models = {}
+    models, untrained = {}, []
     for name, num_heads in zip(names, heads):
-        label, path = name.split("=", 1) if "=" in name and not Path(name).exists() else (default_label(name), name)
+        label, path = name.split("=", 1) if "=" in name and not Path(name).exists() else (default_label(Path(name)), name)
         if label in models:
             raise BadInput(f"two models are called {label}: name them, as in one={path}")
+        models[label] = None
         if path == "random":
-            models[label] = None
+            untrained.append(label)
             continue
         try:
             models[label], report = vit.from_weights(path, num_heads=num_heads)
         except ValueError as error:
             raise BadInput(f"model {label}: {error}") from None
-        unused = sorted({key.split(".")[0] for key in report.unused})
-        print(f"{label}: {path}; initialised afresh: {', '.join(report.missing) or 'nothing'}; unused: {', '.join(unused) or 'nothing'}")
-    trained = next((model for model in models.values() if model), None)
-    for i, label in enumerate(models):  # untrained: of the size of the first trained one
-        if models[label] is None:
-            torch.manual_seed(args.seed + i)
-            models[label] = untrained_like(trained) if trained else \
-                vit.vit_toy(img_size=32, patch_size=4) if args.data == "toy" else vit.vit_tiny()
+        missing, unused = (", ".join(dict.fromkeys(key.split(".")[0] for key in keys)) or "nothing" for keys in report)
+        print(f"{label}: {path}; initialised afresh: {missing}; unused in the file: {unused}")
+    first = next((model for model in models.values() if model), None)
+    for i, label in enumerate(untrained):
+        torch.manual_seed(args.seed + i)
+        models[label] = untrained_like(first) if first else \
+            vit.vit_toy(img_size=32, patch_size=4) if args.data == "toy" else vit.vit_tiny()
     if not args.models:  # of what was found, only what can be compared
-        fitting = [label for label in models if patches_of(models[label]) == patches_of(trained or models[label])][:len(COLOURS)]
-        if len(fitting) < len(models):
-            print(f"left out (other sizes, or no room): {', '.join(label for label in models if label not in fitting)}")
-        models = {label: models[label] for label in fitting}
+        left_out = [label for label in models if first and patches_of(models[label]) != patches_of(first)]
+        left_out += [label for label in models if label not in left_out][len(COLOURS):]
+        models = {label: model for label, model in models.items() if label not in left_out}
+        if left_out:
+            print(f"left out (other sizes, or no room): {', '.join(left_out)}")
     for label, model in models.items():
         print(f"{label}: {len(model.blocks)} blocks, width {model.embed_dim}, {model.blocks[0].attn.num_heads} heads, "
               f"{patches_of(model)}", flush=True)
@@ -579,14 +581,14 @@ def open_models(args, device):
 
 def default_label(path):
     """`runs/mae/last.pt` is called mae, `weights/deit.pth` deit."""
-    path = Path(path)
     return path.parent.name if path.stem == "last" and path.parent.name else path.stem
 
 
 def untrained_like(model):
     block = model.blocks[0]
-    return vit.VisionTransformer(model.grid * model.patch_size, model.patch_size, model.patch_embed.proj.in_channels, model.embed_dim,
-                                 len(model.blocks), block.attn.num_heads, block.mlp.fc1.out_features / model.embed_dim)
+    return vit.VisionTransformer(
+        model.grid * model.patch_size, model.patch_size, model.patch_embed.proj.in_channels, model.embed_dim, len(model.blocks),
+        block.attn.num_heads, block.mlp.fc1.out_features / model.embed_dim)
 
 
 def patches_of(model):
@@ -600,8 +602,8 @@ def check(args, models):
         if model.patch_embed.proj.in_channels != 3:
             raise BadInput(f"{label}: takes images of {model.patch_embed.proj.in_channels} channels, not 3")
         if args.what in ("fourier", "attention", "all") and patches_of(model) != patches_of(models[first]):
-            raise BadInput(f"{args.what}: {first} has {patches_of(models[first])}, {label} has {patches_of(model)}; frequencies, "
-                           "distances and entropies compare only on equal patches (cka and maps take any)")
+            raise BadInput(f"{args.what}: {first} has {patches_of(models[first])}, {label} has {patches_of(model)}; "
+                           "frequencies, distances and entropies compare only on equal patches (cka and maps take any)")
         if args.what in ("fourier", "all") and model.grid % 2:
             raise BadInput(f"{args.what}: {label} has {patches_of(model)}, and an odd grid has no frequency pi (Fig. 3)")
         if args.what in ("maps", "all") and not set(args.layers or ()) <= set(range(1, len(model.blocks) + 1)):
@@ -621,8 +623,8 @@ def analyse(args):
     index = np.random.default_rng(args.seed).permutation(len(data))[:args.images]
     parts = np.array_split(index, math.ceil(len(index) / args.batch_size))  # of equal size, to one image
     if args.what in ("cka", "all") and len(parts[-1]) < 4:
-        raise BadInput(f"cka: {len(index)} images in mini-batches of --batch-size {args.batch_size}: the unbiased estimator needs "
-                       "at least 4 in each")
+        raise BadInput(f"cka: {len(index)} images in mini-batches of --batch-size {args.batch_size}: the unbiased estimator "
+                       "needs at least 4 in each")
     kind = "toy shapes" if args.data == "toy" else Path(args.data).name
     title = f"{len(index):,} {which} images of {kind}"
     print(f"{args.what}: {title}, {len(parts)} mini-batches of {len(parts[0])}, on {device}", flush=True)
@@ -645,8 +647,8 @@ def analyse(args):
         shown = centre_crops(data, index[:args.shown], args).to(device)
         depth = min(len(model.blocks) for model in models.values())
         layers = args.layers or sorted({1, math.ceil(depth / 3), math.ceil(depth * 2 / 3), depth})
-        panels["maps"] = (f"Attention of the class token (mean of the heads, each map from 0 to its maximum), {kind}", draw_maps,
-                          (normalize(shown, args), shown / 255, layers))
+        panels["maps"] = (f"Attention of the class token (mean of the heads, each map from 0 to its maximum), {kind}",
+                          draw_maps, (normalize(shown, args), shown / 255, layers))
     inches = heights(len(models), min(args.shown, len(index)))
     with matplotlib.rc_context(STYLE):
         for name, (heading, draw, values) in panels.items():

@@ -326,7 +326,7 @@ def test_where_there_are_no_runs_an_untrained_network_meets_itself(tmp_path, mon
 
 def test_all_writes_figures_and_the_same_numbers_as_npz_and_csv(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoints)
-    call(analysis, "all", "--images", 24, "--batch-size", 8, "--format", "pdf", "--out", tmp_path,
+    call(analysis, "all", "--images", 24, "--batch-size", 8, "--format", "pdf", "--shown", 1, "--out", tmp_path,
          "first=runs/one/last.pt", "runs/two/last.pt", "random")
     assert all((tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF") for name in ("cka", "fourier", "attention", "maps", "all"))
     numbers, rows = np.load(tmp_path / "cka.npz"), rows_of(tmp_path / "cka.csv")
@@ -354,8 +354,8 @@ def test_networks_of_other_sizes_are_compared_by_cka_alone(checkpoints, tmp_path
 @pytest.mark.parametrize("arguments, complaint", [
     ("cka convnet.pt", "model convnet: convnet.pt: holds no Vision Transformer"),
     ("cka absent.pt", "cannot be opened"),
-    ("cka random --images 3", "3 images in mini-batches of --batch-size 64: the unbiased estimator needs at least 4"),
-    ("cka random --images 9 --batch-size 4", "at least 4"),
+    ("cka runs/one/last.pt --images 3", "3 images in mini-batches of --batch-size 64: the unbiased estimator needs at least 4"),
+    ("cka runs/one/last.pt --images 9 --batch-size 4", "at least 4"),
     ("cka random --data absent", "--data absent: no such folder"),
     ("cka random random", "two models are called random"),
     ("cka random --heads 12 3", "2 numbers for 1 models"),
