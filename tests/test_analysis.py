@@ -199,7 +199,7 @@ def test_eq2_attention_entropy_is_the_published_one():
 
 def test_eq1_distance_of_a_uniform_map_is_the_mean_distance_between_patches():
     distances = [math.dist(p, q) for p, q in itertools.product(itertools.product(range(6), repeat=2), repeat=2)]
-    scores = torch.full((2, 3, 37, 37), 1.7, dtype=torch.float64)
+    scores = torch.full((6, 3, 37, 37), 1.7, dtype=torch.float64)
     agrees(analysis.attention_distance(scores, 6, 16), [16 * sum(distances) / len(distances)] * 3, 1e-12)
 
 
@@ -213,7 +213,7 @@ def test_eq1_distance_of_an_identity_map_is_zero_and_of_a_shift_one_patch():
 
 
 def test_eq2_entropy_of_a_uniform_map_is_log_L_and_of_a_certain_one_zero():
-    agrees(analysis.attention_entropy(torch.zeros(2, 3, 26, 26, dtype=torch.float64)), [math.log(25)] * 3, 1e-12)
+    agrees(analysis.attention_entropy(torch.zeros(6, 3, 26, 26, dtype=torch.float64)), [math.log(25)] * 3, 1e-12)
     certain = torch.full((1, 2, 17, 17), -1e4).masked_fill(torch.eye(17, dtype=bool), 1e4)
     assert analysis.attention_entropy(certain).tolist() == [0, 0]
 
