@@ -148,7 +148,7 @@ class MoCoV3(nn.Module):
     def update_momentum_encoder(self, m):
         """`momentum <- m momentum + (1 - m) base`: all parameters, no buffers (each encoder counts its own statistics)."""
         for average, parameter in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters()):
-            average.lerp_(parameter, 1 - m)
+            average.add_((parameter - average) * (1 - m))  # not lerp_: torch.compile would compile anew for every m
 
     @staticmethod
     def project(encoder, x1, x2):
@@ -664,8 +664,9 @@ def centre_crops(data, index, args):
 
 
 def normalize(images, args):
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
-    return (images / 255 - mean) / std
+    """Float images, 0 to 255, to mean 0 and deviation 1 as `--mean` and `--std` say; in place, a copy costs more than the sums."""
+    mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
+    return images.sub_(mean).div_(std)
 
 
 # ------------------------------------------------------------------------ training (the same in every script)
@@ -852,16 +853,16 @@ def settings(args):
 
 # ------------------------------------------------------------------------------------------------ pre-training
 
-COMMON = dict(momentum=0.99, temperature=0.2, stop_grad_conv1=False, weight_decay=0.1)
-COLOURS = dict(jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2)
+COMMON = dict(temperature=0.2, stop_grad_conv1=False, weight_decay=0.1)
+REAL = dict(COMMON, momentum=0.99, jitter=[0.4, 0.4, 0.2, 0.1], grey=0.2)
 PRESETS = {  # the defaults, chosen by the data: toy shapes, small images, folders of photographs (the paper's)
-    # Two views of a toy scene would know each other by its colours, hence the strong jitter.
-    "toy": dict(COMMON, arch="toy", img_size=32, patch_size=8, min_crop=0.3, jitter=[0.6, 0.6, 0.8, 0.5], grey=0.5,
-                blur_sigma=0.5, dim=64, mlp_dim=256, epochs=6, warmup_epochs=1, batch_size=128, base_lr=2e-3, knn_every=2,
+    # Two views of a toy scene would know each other by its colours, hence the strong jitter; a short run needs a fast average.
+    "toy": dict(COMMON, momentum=0.95, jitter=[0.4, 0.4, 0.8, 0.5], grey=0.5, arch="toy", img_size=32, patch_size=8, min_crop=0.5,
+                blur_sigma=0.5, dim=64, mlp_dim=256, epochs=8, warmup_epochs=1, batch_size=64, base_lr=4e-3, knn_every=2,
                 knn_images=2048),
-    "small": dict(COMMON, **COLOURS, arch="tiny", img_size=32, patch_size=4, min_crop=0.2, blur_sigma=0.5, dim=256,
+    "small": dict(REAL, arch="tiny", img_size=32, patch_size=4, min_crop=0.2, blur_sigma=0.5, dim=256,
                   mlp_dim=1024, epochs=400, warmup_epochs=20, batch_size=512, base_lr=3e-4, knn_every=10, knn_images=10000),
-    "photos": dict(COMMON, **COLOURS, arch="tiny", img_size=224, patch_size=16, min_crop=0.08, blur_sigma=2.0, dim=256,
+    "photos": dict(REAL, arch="tiny", img_size=224, patch_size=16, min_crop=0.08, blur_sigma=2.0, dim=256,
                    mlp_dim=4096, epochs=400, warmup_epochs=40, batch_size=1024, base_lr=1.5e-4, knn_every=10, knn_images=10000),
 }
 
@@ -916,7 +917,7 @@ def train(args):
 
     def look():
         """Measures the encoder by its neighbours (rank 0), and draws them; the k-NN accuracy, where there are labels."""
-        if rank > 0 or args.knn_images == 0:
+        if rank > 0 or args.knn_images < 1:
             return {}
         found = find_neighbours(model.base_encoder, data, held_out, args, device)
         draw_neighbours(args.out / "neighbours.png", found, data, held_out, args,
@@ -1012,6 +1013,8 @@ def main(argv=None):
         raise BadInput(f"--jitter {args.jitter}: each must be from 0 to 1, the hue's up to 0.5")
     if args.blur_sigma is not None and not args.blur_sigma >= 0.1:
         raise BadInput(f"--blur-sigma {args.blur_sigma} must be at least 0.1")
+    if args.knn_every is not None and args.knn_every < 1:
+        raise BadInput(f"--knn-every {args.knn_every} must be at least 1 (--knn-images 0 switches k-NN off)")
     train(args)
 
 

@@ -373,6 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(finish
     (("--momentum", 1.5), ("--momentum",)),
     (("--temperature", 0), ("--temperature",)),
     (("--blur-sigma", 0), ("--blur-sigma",)),
+    (("--knn-every", 0), ("--knn-every", "--knn-images 0")),
     (("--jitter", 0.4, 0.4, 0.2, 0.9), ("--jitter",)),
 ])
 def test_bad_arguments_are_refused_in_one_line_that_says_why(arguments, words, tmp_path, capsys):
