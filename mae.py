@@ -449,8 +449,9 @@ def centre_crops(data, index, args):
 
 
 def normalize(images, args):
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
-    return (images / 255 - mean) / std
+    """Float images, 0 to 255, to mean 0 and deviation 1 as `--mean` and `--std` say; in place, a copy costs more than the sums."""
+    mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
+    return images.sub_(mean).div_(std)
 
 
 # ------------------------------------------------------------------------ training (the same in every script)
@@ -694,7 +695,7 @@ def train(args):
     plan = (batch for step in range(start, end) for batch in batches_of(step, visits, visit_batch, args.accum, rank, world))
     crops = crops_of(data, plan, args, device, args.crops_per_image)
     began = since = time.perf_counter()
-    waited, losses = 0.0, []
+    step, waited, seen, losses = start, 0.0, 0, []
 
     for step in range(start, end):
         lr = learning_rate(step, steps, warmup_steps, args.lr)
@@ -726,14 +727,15 @@ def train(args):
         optimizer.zero_grad()
 
         losses.append(mean_loss)
+        seen += parts[0].count * args.crops_per_image
         done, step = step + 1 == end or stopping > 0, step + 1
         saving = done or step % save_every == 0
         log.bar.update()
         if saving or step % args.log_every == 0:
             now = time.perf_counter()
             log(epoch=step / steps_per_epoch, step=step, loss=sum(losses) / len(losses), lr=lr,
-                images_per_s=len(losses) * args.batch_size / (now - since), data_wait=waited / (now - since))
-            since, waited, losses = now, 0.0, []
+                images_per_s=seen / (now - since), data_wait=waited / (now - since))
+            since, waited, seen, losses = now, 0.0, 0, []
         if rank == 0 and saving:
             save_checkpoint(args.out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
                             scaler=scaler.state_dict(), step=step, config=settings(args))

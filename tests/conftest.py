@@ -116,7 +116,7 @@ def refused(capsys, module, *arguments):
 
 # Processes of a script that start at once: a server imports it one time and forks.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vit", "mae"])
+FORKS.set_forkserver_preload(["vit", "mae", "distill", "mocov3", "finetune"])
 
 
 def forked(script, arguments, environment, break_at_step, errors):

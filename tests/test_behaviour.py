@@ -13,7 +13,7 @@ from conftest import ROOT, call, finish, launch, log_of, refused, same_state, st
 import mae
 import vit
 
-SCRIPTS = ["mae"]
+SCRIPTS = ["mae", "distill"]
 TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 1)  # 82 images, 4 steps an epoch
 
 
