@@ -144,12 +144,8 @@ def fourier_log_amplitude(tokens, grid):
 # --------------------------------------------------------------------------------------------- attention (Fig. 5)
 
 def patch_attention(scores):
-    """Pre-softmax scores `(B, h, N, N)`, class token at 0, to probabilities among the patches alone, `(b, h, L, L)`.
-
-    Yields a few images at a time: what fits a processor's cache is twice as fast.
-    """
-    for part in scores[:, :, 1:, 1:].split(4):
-        yield part.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    """Pre-softmax scores `(B, h, N, N)`, class token at 0, to probabilities among the patches alone, `(B, h, L, L)`."""
+    return scores[:, :, 1:, 1:].softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def attention_distance(scores, grid, patch_size):
@@ -161,8 +157,8 @@ def attention_distance(scores, grid, patch_size):
     distances = patch_distances(grid, patch_size).to(scores.device)
     if scores.shape[-1] != len(distances) + 1:
         raise ValueError(f"scores of {scores.shape[-1]} tokens, but a grid of {grid} x {grid} patches and a class token")
-    total = sum(torch.einsum("bhqk,qk->h", p, distances.to(p.dtype)) for p in patch_attention(scores))
-    return total / (len(scores) * len(distances))
+    probabilities = patch_attention(scores)
+    return torch.einsum("bhqk,qk->h", probabilities, distances.to(probabilities.dtype)) / (len(scores) * len(distances))
 
 
 def attention_entropy(scores):
@@ -170,8 +166,7 @@ def attention_entropy(scores):
 
     `scores (B, h, N, N)` as in `attention_distance`. Small: the head is sure where to look; large: it looks everywhere.
     """
-    total = sum(torch.special.entr(p).sum(dim=(0, 2, 3)) for p in patch_attention(scores))
-    return total / (len(scores) * (scores.shape[-1] - 1))
+    return torch.special.entr(patch_attention(scores)).sum(-1).mean(dim=(0, 2))
 
 
 def patch_distances(grid, patch_size):
@@ -396,8 +391,9 @@ def centre_crops(data, index, args):
 
 
 def normalize(images, args):
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
-    return (images / 255 - mean) / std
+    """Float images, 0 to 255, to mean 0 and deviation 1 as `--mean` and `--std` say; in place, a copy costs more than the sums."""
+    mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
+    return images.sub_(mean).div_(std)
 
 
 # -------------------------------------------------------------------------------------------------- figures
@@ -633,7 +629,7 @@ def analyse(args):
     if args.what in ("cka", "all") and len(parts[-1]) < 4:
         raise BadInput(f"cka: {len(index)} images in mini-batches of --batch-size {args.batch_size}: the unbiased estimator "
                        "needs at least 4 in each")
-    kind = "toy shapes" if args.data == "toy" else Path(args.data).name
+    kind = "toy shapes" if args.data == "toy" else Path(args.data).resolve().name
     title = f"{len(index):,} {which} images of {kind}"
     print(f"{args.what}: {title}, {len(parts)} mini-batches of {len(parts[0])}, on {device}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -653,10 +649,11 @@ def analyse(args):
         panels["attention"] = f"Attention of the heads, {title}", draw_attention, (found["distance"], found["entropy"])
     if args.what in ("maps", "all"):
         shown = centre_crops(data, index[:args.shown], args).to(device)
+        pixels = shown / 255
         depth = min(len(model.blocks) for model in models.values())
         layers = args.layers or sorted({1, math.ceil(depth / 3), math.ceil(depth * 2 / 3), depth})
         panels["maps"] = (f"Attention of the class token (mean of the heads, each map from 0 to its maximum), {kind}",
-                          draw_maps, (normalize(shown, args), shown / 255, layers))
+                          draw_maps, (normalize(shown, args), pixels, layers))
     inches = heights(len(models), min(args.shown, len(index)))
     with matplotlib.rc_context(STYLE):
         for name, (heading, draw, values) in panels.items():
@@ -688,7 +685,7 @@ def main(argv=None):
     add("--root", default="data", help="where the named data sets lie")
     add("--download", action="store_true", help="fetch a named data set into --root first")
     add("--images", type=int, default=1024, help="look at this many, chosen by --seed")
-    add("--batch-size", type=int, default=64, help="images in a mini-batch")
+    add("--batch-size", type=int, default=32, help="images in a mini-batch")
     add("--layers", type=int, nargs="+", help="maps: of these blocks, from 1 (default: four of them)")
     add("--shown", type=int, default=2, help="maps: of this many images")
     add("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="of the images, subtracted (default: ImageNet's)")

@@ -354,7 +354,7 @@ def test_networks_of_other_sizes_are_compared_by_cka_alone(checkpoints, tmp_path
 @pytest.mark.parametrize("arguments, complaint", [
     ("cka convnet.pt", "model convnet: convnet.pt: holds no Vision Transformer"),
     ("cka absent.pt", "cannot be opened"),
-    ("cka runs/one/last.pt --images 3", "3 images in mini-batches of --batch-size 64: the unbiased estimator needs at least 4"),
+    ("cka runs/one/last.pt --images 3", "3 images in mini-batches of --batch-size 32: the unbiased estimator needs at least 4"),
     ("cka runs/one/last.pt --images 9 --batch-size 4", "at least 4"),
     ("cka random --data absent", "--data absent: no such folder"),
     ("cka random random", "two models are called random"),
