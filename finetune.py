@@ -1,7 +1,7 @@
 """What is a pre-trained Vision Transformer worth? Fine-tune it, probe it, ask its nearest neighbours, or train without it.
 
-A checkpoint (this project's, MAE, MoCo-v3, MAE-Lite, DeiT, timm) or nothing goes in, top-1 and top-5 accuracy on held-out images
-come out. This is how A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023) judges pre-training: Sec. 3
+A checkpoint (this project's, MAE, MoCo-v3, MAE-Lite, DeiT, timm) or nothing goes in; top-1 and top-5 accuracy on held-out
+images come out. This is how A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023) judges pre-training: Sec. 3
 fine-tuning with its improved recipe and DeiT's, Sec. 3.2 transfer, few labels, and only the lower blocks kept (Fig. 2, 4).
 
     finetune   the whole network and a new linear head; a layer i of the network learns at lr * decay^(depth + 1 - i)
@@ -9,13 +9,13 @@ fine-tuning with its improved recipe and DeiT's, Sec. 3.2 transfer, few labels, 
     knn        nothing is trained: the 20 nearest training images vote
 
 Run it
-    laptop      python finetune.py --fraction 0.04 --init runs/mae/last.pt   # 328 labelled shapes; without --init: from scratch
+    laptop      python finetune.py --fraction 0.04 --init runs/mae/last.pt   # 327 labelled shapes; no --init: from scratch
     probes      python finetune.py --mode linear --init runs/mae/last.pt     # or --mode knn
     transfer    python finetune.py --recipe transfer --data cifar100 --download --init mae_tiny.pth
     one GPU     python finetune.py --data DIR --init mae_tiny.pth --compile  # DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg
     8 GPUs      torchrun --nproc_per_node=8 finetune.py --data DIR --init mae_tiny.pth      # the paper's run: 300 epochs
     two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 finetune.py --data DIR
-    evaluate    python finetune.py --eval-only --init runs/finetune/best.pt  # also ImageNet-V2 as --data, --real-labels real.json
+    evaluate    python finetune.py --eval-only --init runs/finetune/best.pt  # --data ImageNet-V2's folder, --real-labels FILE
     speed       python finetune.py --throughput --arch tiny --img-size 224 --patch-size 16 --batch-size 256
 Results land in --out: config.json, log.jsonl, last.pt, best.pt, accuracy.png, classes.png, predictions.png. --resume continues.
 
@@ -165,7 +165,7 @@ def mixers(args, num_classes):
     """The batch transforms, `(images, labels) -> (images, soft targets (B, C))`, one of which each batch goes through.
 
     Mixup blends two images (Zhang et al., 2018), cutmix pastes a box of one into another (Yun et al., 2019); one Beta(alpha,
-    alpha) number a batch. Partners are neighbours in the batch of a rank, so with mixing, N ranks are not bit for bit one rank.
+    alpha) number a batch. Partners are neighbours in a rank's micro-batch: with mixing, N ranks are another run than one.
     """
     return ([v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []) + \
            ([v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else [])
@@ -228,7 +228,8 @@ def accuracy(best, labels, real=None):
     hit = best == torch.as_tensor(labels)[:, None]
     result = {"top1": 100 * hit[:, 0].double().mean().item(), "top5": 100 * hit.any(1).double().mean().item()}
     if real is not None:
-        result["real"] = 100 * float(np.mean([guess in classes for guess, classes in zip(best[:, 0].tolist(), real) if classes]))
+        hits = [guess in classes for guess, classes in zip(best[:, 0].tolist(), real) if classes]
+        result["real"] = 100 * float(np.mean(hits))
     return result
 
 
@@ -251,9 +252,9 @@ def read_real_labels(path, data):
 def report(best, data, args, real, title):
     """Prints the accuracy and draws classes.png and predictions.png; on rank 0."""
     result = accuracy(best, data.labels, real)
-    labelled = "" if real is None else f" (ReaL: {sum(map(bool, real)):,} images with a label)"
-    print(f"{title}: " + ", ".join(f"{name} {value:.2f}%" for name, value in result.items()) + f", {len(data):,} images{labelled}",
-          flush=True)
+    numbers = ", ".join(f"{name} {value:.2f}%" for name, value in result.items())
+    labelled = "" if real is None else f" ({sum(map(bool, real)):,} of them with ReaL labels)"
+    print(f"{title}: {numbers}, {len(data):,} images{labelled}", flush=True)
     draw_classes(args.out / "classes.png", best, data, f"{title}, top-1 {result['top1']:.1f}%")
     draw_predictions(args.out / "predictions.png", best, data, args, f"{title}, top-1 {result['top1']:.1f}%")
 
@@ -317,7 +318,8 @@ def draw_classes(path, best, data, title):
 def draw_predictions(path, best, data, args, title):
     """Held-out images with what they are taken for, green where right; where wrong, with what they are."""
     index = range(0, len(data), math.ceil(len(data) / 32))
-    figure, axes = plt.subplots(math.ceil(len(index) / 8), 8, figsize=(11, 1.7 * math.ceil(len(index) / 8) + 0.6), squeeze=False)
+    rows = math.ceil(len(index) / 8)
+    figure, axes = plt.subplots(rows, 8, figsize=(11, 1.7 * rows + 0.6), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, i, pixels in zip(axes.flat, index, centre_crops(data, index, args)):
@@ -599,8 +601,9 @@ def centre_crops(data, index, args):
 
 
 def normalize(images, args):
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
-    return (images / 255 - mean) / std
+    """Float images, 0 to 255, to mean 0 and deviation 1 as `--mean` and `--std` say; in place, a copy costs more than the sums."""
+    mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
+    return images.sub_(mean).div_(std)
 
 
 # ------------------------------------------------------------------------ training (the same in every script)
@@ -803,7 +806,8 @@ SIZES = {  # chosen by the data: toy shapes, small images, folders of photograph
 SMALLER = {  # recipes for less than ImageNet
     ("improved", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=4e-3, layer_decay=0.75, min_crop=0.5,
                               randaug=0.0, mixup=0.0, eval_every=10),
-    ("original", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=2e-3, min_crop=0.5, randaug=0.0, eval_every=10),
+    ("original", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=2e-3, min_crop=0.5, randaug=0.0,
+                              eval_every=10),
     ("transfer", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=0.2, min_crop=0.5, eval_every=10),
     ("linear", "toy"): dict(epochs=10, batch_size=256, base_lr=0.1, min_crop=0.5),
     ("improved", "small"): dict(epochs=100, batch_size=512, min_crop=0.2),
@@ -851,7 +855,7 @@ def build(args, num_classes, rank):
                                  drop_path=args.drop_path)
     if args.mode == "finetune":
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: the first loss is the logarithm of the number of classes
-    if args.mode == "linear" and args.eval_only:            # a probe that was trained; a new one never takes a projector's tensors
+    if args.mode == "linear" and args.eval_only:            # a trained probe; a new one never takes a projector's tensors
         model.head = probe_head(model.embed_dim, num_classes)
     if args.keep_blocks is not None and not 0 <= args.keep_blocks <= len(model.blocks):
         raise BadInput(f"--keep-blocks {args.keep_blocks}: this network has {len(model.blocks)} blocks")
@@ -859,8 +863,8 @@ def build(args, num_classes, rank):
         fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         loaded = vit.load_weights(model, args.init, args.checkpoint_branch)
         if args.eval_only and loaded.missing:
-            raise BadInput(f"--init {args.init}: {loaded.missing[0]} is not there or of another size; --eval-only needs a classifier "
-                           f"of the {num_classes} classes of --data {args.data}")
+            raise BadInput(f"--init {args.init}: {loaded.missing[0]} is not there or of another size; --eval-only needs a "
+                           f"classifier of the {num_classes} classes of --data {args.data}")
         if args.keep_blocks is not None:
             kept = ("cls_token", "pos_embed", "patch_embed.", *(f"blocks.{i}." for i in range(args.keep_blocks)))
             fresh = {name: tensor for name, tensor in fresh.items() if not name.startswith(kept)}
@@ -875,8 +879,8 @@ def build(args, num_classes, rank):
     if rank == 0:
         feature = {"avg": "mean of the patch tokens, then LayerNorm", "token": "LayerNorm, then class token"}[args.pool]
         head = "" if args.mode != "linear" else ", then BatchNorm over the batch, then a linear classifier"
-        print(f"network: {args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters "
-              f"({sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M trained); feature: {feature}{head}", flush=True)
+        every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) / 1e6 for only in (False, True))
+        print(f"network: {args.arch}, {every:.2f}M parameters ({trained:.2f}M trained); feature: {feature}{head}", flush=True)
     return model
 
 
@@ -892,9 +896,11 @@ def train(args):
         raise BadInput(f"--data {args.data}: needs train/ and val/ (or test/) with a folder for each class")
     resolve(args, choose(args, kind_of(args, data)), data, rank, world)
     if args.mode == "linear" and args.accum > 1:
-        raise BadInput("--accum: a linear probe's BatchNorm sees the whole batch; frozen, the network needs little memory anyway")
-    if not 0 < args.layer_decay <= 1 or not 0 <= args.drop_path < 1:
-        raise BadInput(f"--layer-decay {args.layer_decay} must be above 0, at most 1; --drop-path {args.drop_path} at least 0, below 1")
+        raise BadInput("--accum: a linear probe's BatchNorm sees the whole batch; a frozen network needs little memory anyway")
+    if not 0 < args.layer_decay <= 1:
+        raise BadInput(f"--layer-decay {args.layer_decay} must be above 0, at most 1")
+    if not 0 <= args.drop_path < 1:
+        raise BadInput(f"--drop-path {args.drop_path} must be at least 0, below 1")
     real = read_real_labels(args.real_labels, held_out)
     checkpoint = begin_run(args, rank)
 
@@ -922,7 +928,8 @@ def train(args):
     log = Log(args.out, start, steps, rank)
     save_every, eval_every = max(steps_per_epoch, steps // 100), args.eval_every * steps_per_epoch
     end = min(steps, start + (args.max_steps or steps))
-    plan = (batch for step in range(start, end) for batch in batches_of(step, len(data), args.batch_size, args.accum, rank, world))
+    plan = (batch for step in range(start, end)
+            for batch in batches_of(step, len(data), args.batch_size, args.accum, rank, world))
     augment = RandAugment(args.randaug, fill=[round(255 * v) for v in args.mean]) if args.randaug else None
     crops = crops_of(data, plan, args, device, augment=augment)
     began = since = time.perf_counter()
@@ -932,7 +939,7 @@ def train(args):
         lr = learning_rate(step, steps, warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        model.train(args.mode == "finetune").head.train()                                   # what is frozen stays as in evaluation
+        model.train(args.mode == "finetune").head.train()                                   # what is frozen stays in evaluation
 
         loss = torch.zeros((), device=device)
         parts = batches_of(step, len(data), args.batch_size, args.accum, rank, world)
@@ -941,7 +948,7 @@ def train(args):
             images = normalize(next(crops), args)                                           # (B, 3, S, S)
             waited += time.perf_counter() - asked
             targets = labels[[image_of(batch.first + row, len(data), args.seed) for row in batch.rows]]
-            torch.manual_seed(seeded(args.seed, step, rank, k))                             # of all that is random from here on
+            torch.manual_seed(seeded(args.seed, step, rank, k))                             # of all that is random below
             if args.erasing:
                 images = erase(images, args.erasing)
             if mixing:
@@ -991,7 +998,8 @@ def train(args):
         if testing:
             report(best, held_out, args, real, f"{args.mode}: {args.arch} on {args.data}")
         print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}, "
-              f"{f'best top-1 {top1:.2f}%, ' if top1 >= 0 else ''}{time.perf_counter() - began:.0f} s, {memory_gb(device):.2f} GB; see {args.out}", flush=True)
+              f"{f'best top-1 {top1:.2f}%, ' if top1 >= 0 else ''}{time.perf_counter() - began:.0f} s, "
+              f"{memory_gb(device):.2f} GB; see {args.out}", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1058,12 +1066,13 @@ def main(argv=None):
     shared_arguments(parser)
     parser.set_defaults(clip_grad=None)  # the recipe says
     add = parser.add_argument
-    add("--mode", choices=("finetune", "linear", "knn"), default="finetune", help="what is done with the network (default: finetune)")
+    add("--mode", choices=("finetune", "linear", "knn"), default="finetune", help="what is done with the network")
     add("--recipe", choices=("improved", "original", "transfer"), default="improved",
         help="of fine-tuning: the study's, DeiT's, or the study's for smaller data sets (default: improved)")
     add("--init", help="start from the weights of this checkpoint (default: from scratch)")
-    add("--checkpoint-branch", choices=("base_encoder", "momentum_encoder"), default="base_encoder", help="of MoCo-v3's two networks")
-    add("--keep-blocks", type=int, metavar="K", help="of --init keep the embedding and the first K blocks, the rest is initialised afresh")
+    add("--checkpoint-branch", choices=("base_encoder", "momentum_encoder"), default="base_encoder",
+        help="which of MoCo-v3's two networks")
+    add("--keep-blocks", type=int, metavar="K", help="of --init keep only the embedding and the first K blocks")
     add("--num-heads", type=int, help="attention heads (default: 12; DeiT-Tiny has 3, DeiT-Small 6)")
     add("--pool", choices=("avg", "token"), help="feature: mean of the patch tokens, or class token")
     add("--optimizer", choices=("adamw", "sgd"))

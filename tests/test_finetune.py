@@ -20,7 +20,8 @@ import finetune
 import mae
 import vit
 
-TINY = ("--patch-size", 8, "--fraction", 0.01, "--batch-size", 24, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 1)  # 82 images, 4 steps an epoch
+TINY = ("--patch-size", 8, "--fraction", 0.01, "--batch-size", 24, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 1)
+#       82 images, 4 steps an epoch
 RANDOM = ("--mixup", 0.8, "--cutmix", 1, "--erasing", 0.25, "--drop-path", 0.2, "--smoothing", 0.1)
 toy_shapes = functools.lru_cache(vit.toy_shapes)
 
@@ -156,8 +157,9 @@ def test_soft_target_cross_entropy_is_the_hand_computed_one(tmp_path, monkeypatc
     seen = []
 
     def spy(logits, targets, label_smoothing):
-        seen.append((logits.detach().double(), targets.double(), label_smoothing, whole(logits, targets, label_smoothing=label_smoothing)))
-        return seen[-1][3]
+        loss = whole(logits, targets, label_smoothing=label_smoothing)
+        seen.append((logits.detach().double(), targets.double(), label_smoothing, loss))
+        return loss
     whole = F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", spy)
     call(finetune, *TINY, "--mixup", 1, "--smoothing", 0.1, "--max-steps", 2, "--out", tmp_path)
@@ -219,12 +221,13 @@ def test_published_checkpoints_start_a_run(style, tmp_path, capsys):
 def test_either_network_of_moco_v3_can_be_taken(tmp_path):
     contents, body = published("MoCo-v3")
     torch.save(contents, tmp_path / "file.pth")
-    call(finetune, *TINY, "--init", tmp_path / "file.pth", "--checkpoint-branch", "momentum_encoder", "--max-steps", 1, "--out", tmp_path)
+    call(finetune, *TINY, "--init", tmp_path / "file.pth", "--checkpoint-branch", "momentum_encoder", "--max-steps", 1,
+         "--out", tmp_path)
     assert torch.equal(weights(tmp_path)["blocks.3.mlp.fc1.weight"], body["blocks.3.mlp.fc1.weight"] + 1)
 
 
-@pytest.mark.parametrize("style, feature", [("MAE", "mean of the patch tokens, then LayerNorm"), ("MoCo-v3", "LayerNorm, then class token"),
-                                            ("DeiT", "LayerNorm, then class token")])
+@pytest.mark.parametrize("style, feature", [("MAE", "mean of the patch tokens, then LayerNorm"),
+                                            ("MoCo-v3", "LayerNorm, then class token"), ("DeiT", "LayerNorm, then class token")])
 def test_a_linear_probe_says_which_feature_it_reads_and_takes_no_projector(style, feature, tmp_path, capsys):
     contents, body = published(style)
     torch.save(contents, tmp_path / "file.pth")
@@ -279,7 +282,7 @@ def test_real_labels_accept_any_of_the_listed_classes_and_leave_out_the_unlabell
 
 
 def test_imagenet_real_is_in_the_order_of_the_file_names(tmp_path):
-    names = ["b/ILSVRC2012_val_00000003.JPEG", "b/ILSVRC2012_val_00000004.JPEG", "a/ILSVRC2012_val_00000001.JPEG", "c/ILSVRC2012_val_00000002.JPEG"]
+    names = [f"{folder}/ILSVRC2012_val_0000000{i}.JPEG" for folder, i in (("b", 3), ("b", 4), ("a", 1), ("c", 2))]
     (tmp_path / "real.json").write_text(json.dumps([[1], [2], [3], [4]]))
     data = finetune.Data(np.array([os.fsencode(name) for name in names]), None, None, [])
     assert finetune.read_real_labels(tmp_path / "real.json", data) == [[3], [4], [1], [2]]
@@ -292,7 +295,8 @@ def test_imagenet_v2s_numeric_folders_are_in_numeric_order(tmp_path, capsys):
     torch.save({"model": model.state_dict()}, tmp_path / "file.pt")
     for kind in range(12):
         (tmp_path / "v2" / str(kind)).mkdir(parents=True)
-        Image.fromarray(np.random.default_rng(kind).integers(0, 255, (80, 70, 3), dtype=np.uint8)).save(tmp_path / "v2" / str(kind) / "0.png")
+        pixels = np.random.default_rng(kind).integers(0, 255, (80, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "v2" / str(kind) / "0.png")
     call(finetune, "--eval-only", "--init", tmp_path / "file.pt", "--data", tmp_path / "v2", "--workers", 0, "--out", tmp_path)
     data = finetune.folder_data(tmp_path / "v2", train=True)
     folders = torch.tensor([int(os.fsdecode(path).split("/")[-2]) for path in data.files])
@@ -346,7 +350,7 @@ def test_nearest_neighbours_vote_with_exp_of_similarity_over_temperature():
 
 
 def test_knn_mode_finds_training_images_among_themselves(tmp_path, monkeypatch, capsys):
-    """The held-out images are the training images: each is its own nearest neighbour, and at this temperature that is nearly all."""
+    """The held-out images are training images: with one neighbour, each is its own."""
     monkeypatch.setattr(vit, "toy_shapes", lambda n, size, seed: toy_shapes(256, size, seed=0))
     torch.save(vit.vit_toy(img_size=32, patch_size=8).state_dict(), tmp_path / "file.pt")
     call(finetune, "--mode", "knn", "--init", tmp_path / "file.pt", "--out", tmp_path)
@@ -387,7 +391,8 @@ def test_throughput_prints_images_per_second_and_parameters(capsys):
 # ------------------------------------------------------------------------------------------------ runs
 
 def test_a_run_writes_its_log_checkpoints_and_pictures_and_learns(tmp_path, capsys):
-    call(finetune, "--fraction", 0.1, "--epochs", 5, "--warmup-epochs", 1, "--eval-every", 2, "--patch-size", 8, "--out", tmp_path)
+    call(finetune, "--fraction", 0.1, "--epochs", 5, "--warmup-epochs", 1, "--eval-every", 2, "--patch-size", 8,
+         "--out", tmp_path)
     log = log_of(tmp_path)
     assert [entry["epoch"] for entry in log if "top1" in entry] == [2, 4, 5]
     assert log[-1].keys() == {"epoch", "step", "loss", "lr", "images_per_s", "data_wait", "top1", "top5"}
@@ -401,11 +406,12 @@ def test_a_run_writes_its_log_checkpoints_and_pictures_and_learns(tmp_path, caps
 
 def test_recipes_are_the_papers_and_each_value_can_be_overridden(tmp_path):
     expected = {
-        "improved": dict(epochs=300, warmup_epochs=5, batch_size=1024, base_lr=1e-3, weight_decay=0.05, layer_decay=0.85, optimizer="adamw",
-                         randaug=10, mixup=0.2, cutmix=0, erasing=0, smoothing=0, drop_path=0, pool="avg", min_crop=0.08),
-        "original": dict(epochs=300, warmup_epochs=5, batch_size=1024, base_lr=2.5e-4, weight_decay=0.05, layer_decay=1, optimizer="adamw",
-                         randaug=9, mixup=0.8, cutmix=1, erasing=0.25, smoothing=0.1, drop_path=0.1, min_crop=0.08),
-        "transfer": dict(batch_size=512, base_lr=0.05, weight_decay=0, layer_decay=0.75, optimizer="sgd", clip_grad=1, randaug=0, pool="avg"),
+        "improved": dict(epochs=300, warmup_epochs=5, batch_size=1024, base_lr=1e-3, weight_decay=0.05, layer_decay=0.85,
+                         optimizer="adamw", randaug=10, mixup=0.2, cutmix=0, erasing=0, smoothing=0, drop_path=0, pool="avg", min_crop=0.08),
+        "original": dict(epochs=300, warmup_epochs=5, batch_size=1024, base_lr=2.5e-4, weight_decay=0.05, layer_decay=1,
+                         optimizer="adamw", randaug=9, mixup=0.8, cutmix=1, erasing=0.25, smoothing=0.1, drop_path=0.1, min_crop=0.08),
+        "transfer": dict(batch_size=512, base_lr=0.05, weight_decay=0, layer_decay=0.75, optimizer="sgd", clip_grad=1, randaug=0,
+                         pool="avg"),
     }
     parser_args = dict(mode="finetune", data="folder", eval_only=False, checkpoint_branch="base_encoder")
     contents, _ = published("MAE")
@@ -420,15 +426,16 @@ def test_recipes_are_the_papers_and_each_value_can_be_overridden(tmp_path):
     cifar = preset("transfer", data="cifar100", kind="small")
     assert (cifar["epochs"], cifar["warmup_epochs"], cifar["base_lr"] * cifar["batch_size"] / 256) == (50, 10, 0.1)
     linear = preset("improved", mode="linear")
-    assert (linear["epochs"], linear["base_lr"], linear["weight_decay"], linear["batch_size"], linear["optimizer"]) == (90, 0.75, 0, 1024, "sgd")
-    call(finetune, *TINY, "--recipe", "original", "--cutmix", 0, "--clip-grad", 2, "--pool", "avg", "--max-steps", 1, "--out", tmp_path)
+    assert [linear[name] for name in ("epochs", "base_lr", "weight_decay", "batch_size", "optimizer")] == [90, 0.75, 0, 1024, "sgd"]
+    call(finetune, *TINY, "--recipe", "original", "--cutmix", 0, "--clip-grad", 2, "--pool", "avg", "--max-steps", 1,
+         "--out", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["cutmix"], config["mixup"], config["clip_grad"], config["pool"]) == (0, 0.8, 2, "avg")
 
 
 @pytest.mark.parametrize("mode", ["finetune", "linear"])
 def test_two_ranks_give_the_run_of_one(mode, tmp_path):
-    """Without mixing and drop path; a probe's BatchNorm sees all ranks. Step 4 is a partial batch, the evaluation does not divide."""
+    """Without mixing and drop path; a probe's BatchNorm sees all ranks. Step 4 is a partial batch."""
     settings = (*TINY, "--mode", mode, "--recipe", "transfer", "--max-steps", 5)
     call(finetune, *settings, "--out", tmp_path / "one")
     finish(launch("finetune", *settings, "--out", tmp_path / "two", ranks=2))
@@ -450,7 +457,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit_with_all_that_is_r
         call(finetune, *TINY, *RANDOM, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)
     same_state(tmp_path / "whole", tmp_path / "pieces")
     assert losses(tmp_path / "whole") == losses(tmp_path / "pieces") and len(losses(tmp_path / "whole")) == 12
-    assert all(torch.equal(a, weights(tmp_path / "pieces", "best.pt")[name]) for name, a in weights(tmp_path / "whole", "best.pt").items())
+    best = weights(tmp_path / "pieces", "best.pt")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(tmp_path / "whole", "best.pt").items())
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, image_folder):
@@ -476,7 +484,8 @@ def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     steps = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    assert process.returncode == 0 and f"stopped, --resume continues: step {steps} of 4000" in out and steps == log_of(tmp_path)[-1]["step"]
+    assert process.returncode == 0 and f"stopped, --resume continues: step {steps} of 4000" in out
+    assert steps == log_of(tmp_path)[-1]["step"]
 
 
 def test_mixed_precision_trains(tmp_path):
@@ -493,7 +502,7 @@ def test_mixed_precision_trains(tmp_path):
     (("--keep-blocks", 3), "--keep-blocks: needs --init CHECKPOINT"),
     (("--eval-only",), "--eval-only: needs --init CHECKPOINT"),
     (("--layer-decay", 0), "--layer-decay 0.0 must be above 0, at most 1"),
-    (("--drop-path", 1), "--drop-path 1.0 at least 0, below 1"),
+    (("--drop-path", 1), "--drop-path 1.0 must be at least 0, below 1"),
     (("--mode", "linear", "--accum", 2), "--accum: a linear probe's BatchNorm sees the whole batch"),
     (("--epochs", 3), "--warmup-epochs 5 must be less than --epochs 3"),
 ])
@@ -525,18 +534,19 @@ def test_keep_blocks_13_of_12_is_refused(tmp_path, capsys):
 def test_a_class_count_mismatch_is_named_in_evaluation(tmp_path, capsys):
     torch.save(vit.vit_toy(img_size=32, patch_size=8, num_classes=7).state_dict(), tmp_path / "seven.pt")
     message = refused(capsys, finetune, "--eval-only", "--init", tmp_path / "seven.pt", "--out", tmp_path)
-    assert "seven.pt: head.weight is not there or of another size; --eval-only needs a classifier of the 10 classes of --data toy" in message
+    assert "seven.pt: head.weight is not there or of another size; --eval-only needs a classifier of the 10 classes" in message
 
 
 def test_a_label_file_of_the_wrong_length_is_named(tmp_path, image_folder, capsys):
     torch.save(vit.vit_toy(img_size=32, patch_size=8, num_classes=3).state_dict(), tmp_path / "three.pt")
     arguments = ("--eval-only", "--init", tmp_path / "three.pt", "--data", image_folder, "--out", tmp_path)
-    (tmp_path / "real.json").write_text("[[0], [1]]")
-    assert "real.json: a list of 2, the held-out images are 18" in refused(capsys, finetune, *arguments, "--real-labels", tmp_path / "real.json")
+    real = tmp_path / "real.json"
+    real.write_text("[[0], [1]]")
+    assert "real.json: a list of 2, the held-out images are 18" in refused(capsys, finetune, *arguments, "--real-labels", real)
     assert "needs --data to be a folder of image files" in refused(
-        capsys, finetune, "--eval-only", "--init", tmp_path / "three.pt", "--real-labels", tmp_path / "real.json", "--out", tmp_path)
-    (tmp_path / "real.json").write_text("hello")
-    assert "real.json: not a JSON file" in refused(capsys, finetune, *arguments, "--real-labels", tmp_path / "real.json")
+        capsys, finetune, "--eval-only", "--init", tmp_path / "three.pt", "--real-labels", real, "--out", tmp_path)
+    real.write_text("hello")
+    assert "real.json: not a JSON file" in refused(capsys, finetune, *arguments, "--real-labels", real)
 
 
 def test_a_nan_stops_all_ranks_before_the_update(tmp_path):
