@@ -117,18 +117,13 @@ def bench_model(batch):
     return rows
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="photographs; without them only the model is measured")
-    parser.add_argument("--images", type=int, default=128, help="photographs to measure with")
-    parser.add_argument("--batch-size", type=int, help="of the model's step (default: 256 on a GPU, 64 on a CPU)")
-    args = parser.parse_args(argv)
+def bench(args):
+    """Both parts, printed; `args.data` (photographs, or None) and `args.batch_size` (or None)."""
     cuda = torch.cuda.is_available()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}")
     if args.data:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        usual, cores, rest = bench_views(args.data, args.images)
+        usual, cores, rest = bench_views(Path(args.data), getattr(args, "images", 128))
         torch.set_num_threads(threads)
         for name, ms in (usual, cores, rest):
             print(f"{name:32} {ms:7.2f} ms / image")
@@ -137,6 +132,16 @@ def main(argv=None):
     rows = bench_model(args.batch_size or (256 if cuda else 64))
     for name, rate in rows:
         print(f"model, {name:25} {rate:7.1f} images / s, {rate / rows[0][1]:.2f} times plain")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="photographs; without them only the model is measured")
+    parser.add_argument("--images", type=int, default=128, help="photographs to measure with")
+    parser.add_argument("--batch-size", type=int, help="of the model's step (default: 256 on a GPU, 64 on a CPU)")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}")
+    bench(args)
 
 
 if __name__ == "__main__":
