@@ -460,7 +460,7 @@ def draw_fourier(figure, models, fourier):
     axis = figure.add_subplot(grid[1, :] if wide else grid[0, -1])
     for colour, (label, amplitude) in zip(COLOURS, fourier.items()):
         axis.plot(amplitude[:, -1], color=colour, marker="o", markersize=3, label=label)
-    axis.set(title="high frequencies", xlabel="layer", ylabel="$\\Delta$ log amplitude at $\\pi$")
+    axis.set(title="high frequencies", xlabel="layer", ylabel="$\\Delta$ log amplitude at $\\pi$", xticks=range(0, depth + 1, 2))
     axis.legend(fontsize=8)
 
 
