@@ -804,11 +804,11 @@ SIZES = {  # chosen by the data: toy shapes, small images, folders of photograph
     "photos": dict(arch="tiny", img_size=224, patch_size=16),
 }
 SMALLER = {  # recipes for less than ImageNet
-    ("improved", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=4e-3, layer_decay=0.75, min_crop=0.5,
+    ("improved", "toy"): dict(epochs=40, warmup_epochs=5, batch_size=64, base_lr=8e-3, layer_decay=0.75, min_crop=0.5,
                               randaug=0.0, mixup=0.0, eval_every=10),
-    ("original", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=2e-3, min_crop=0.5, randaug=0.0,
+    ("original", "toy"): dict(epochs=40, warmup_epochs=5, batch_size=64, base_lr=2e-3, min_crop=0.5, randaug=0.0,
                               eval_every=10),
-    ("transfer", "toy"): dict(epochs=60, warmup_epochs=5, batch_size=64, base_lr=0.2, min_crop=0.5, eval_every=10),
+    ("transfer", "toy"): dict(epochs=40, warmup_epochs=5, batch_size=64, base_lr=0.2, min_crop=0.5, eval_every=10),
     ("linear", "toy"): dict(epochs=10, batch_size=256, base_lr=0.1, min_crop=0.5),
     ("improved", "small"): dict(epochs=100, batch_size=512, min_crop=0.2),
     ("original", "small"): dict(epochs=100, batch_size=512, min_crop=0.2),
@@ -1042,9 +1042,8 @@ def evaluate(args):
 def throughput(args):
     """Prints images per second in evaluation, at `--batch-size` and `--amp`, and the parameter count (Table 2's columns)."""
     _, _, device = setup_distributed()
-    toy = args.data == "toy"
-    resolve(args, choose(args, "toy" if toy else "photos"), (), 1, 1)
-    model = build(args, len(vit.TOY_CLASSES) if toy else 1000, 0).to(device).eval()
+    resolve(args, choose(args, "toy" if args.data == "toy" else "photos"), (), 1, 1)
+    model = build(args, len(vit.TOY_CLASSES) if args.arch == "toy" else 1000, 0).to(device).eval()
     if args.compile:
         model.compile()
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)

