@@ -714,7 +714,7 @@ def settings(args):
 COMMON = dict(mask_ratio=0.75, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix_loss=True, weight_decay=0.05,
               crops_per_image=1)
 PRESETS = {  # the defaults, chosen by the data: toy shapes, small images, folders of photographs (the paper's)
-    "toy": dict(COMMON, arch="toy", img_size=32, patch_size=4, min_crop=0.5, epochs=6, warmup_epochs=1, batch_size=128, base_lr=4e-3),
+    "toy": dict(COMMON, arch="toy", img_size=32, patch_size=4, min_crop=0.3, epochs=6, warmup_epochs=1, batch_size=128, base_lr=6e-3),
     "small": dict(COMMON, arch="tiny", img_size=32, patch_size=4, min_crop=0.2, epochs=400, warmup_epochs=20, batch_size=512,
                   base_lr=3e-4),
     "photos": dict(COMMON, arch="tiny", img_size=224, patch_size=16, min_crop=0.08, epochs=400, warmup_epochs=40,

@@ -1,4 +1,7 @@
-"""What every training script promises alike: exact resumption, ranks, accumulation, bad input. Here for mae.py and distill.py."""
+"""What every training script promises alike: exact resumption, ranks, accumulation, bad input.
+
+Tested on mae.py and, where the training loop has a part in it, on the other pre-training scripts; finetune.py has its own.
+"""
 import errno
 import os
 import shutil
@@ -13,7 +16,8 @@ from conftest import ROOT, call, finish, launch, log_of, refused, same_state, st
 import mae
 import vit
 
-SCRIPTS = ["mae", "distill"]
+SCRIPTS = ["mae", "distill"]        # mocov3.py takes whole batches only: its ranks and epochs are tested in test_mocov3.py
+KILLED = [*SCRIPTS, "mocov3"]
 TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 1)  # 82 images, 4 steps an epoch
 
 
@@ -49,11 +53,12 @@ def test_accumulation_gives_the_run_of_the_big_batch(script, tmp_path, teacher):
     same_state(tmp_path / "whole", tmp_path / "parts", tolerance=1e-5)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", KILLED)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, image_folder, teacher):
     """SIGKILL at a moment nobody chose, images decoded by workers."""
-    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 20,
-                "--warmup-epochs", 1, "--log-every", 1, "--workers", 2, *teacher(script, patch=8))
+    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 8,
+                "--warmup-epochs", 1, "--log-every", 1, "--workers", 2, *teacher(script, patch=8),
+                *(("--knn-images", 0) if script == "mocov3" else ()))
     finish(launch(script, *settings, "--out", tmp_path / "whole"))
     process, = launch(script, *settings, "--out", tmp_path / "killed")
     while not (tmp_path / "killed" / "last.pt").exists():
@@ -63,7 +68,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, i
     process.join()
     finish(launch(script, *settings, "--out", tmp_path / "killed", "--resume"))
     same_state(tmp_path / "whole", tmp_path / "killed")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 80
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) >= 24
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -126,7 +126,7 @@ def test_bf16_keeps_the_loss_in_float32():
 def test_mae_runs_from_the_command_line_and_learns(tmp_path):
     out = run("mae.py", "--out", tmp_path, "--fraction", 0.25, "--epochs", 4, "--batch-size", 64, "--decoder-dim", 48)
     log = log_of(tmp_path)
-    assert "1 rank x 64 images x 1 accumulation = 64 images; base lr 0.004 x 64/256 = lr 0.001" in out and "done: step 128 of 128" in out
+    assert "1 rank x 64 images x 1 accumulation = 64 images; base lr 0.006 x 64/256 = lr 0.0015" in out and "done: step 128 of 128" in out
     assert log[-1]["loss"] < 0.62 < 1 < log[0]["loss"]
     assert {"epoch", "step", "loss", "lr", "images_per_s", "data_wait"} == log[-1].keys()
     for name in ("config.json", "last.pt", "loss.png", "reconstruction.png"):
