@@ -410,7 +410,7 @@ def folder_data(root, train):
 
 
 def named_data(args, train):
-    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so (Table 3)."""
+    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so."""
     sets, root, options = torchvision.datasets, args.root, {"download": args.download}
     try:
         if args.data in ("cifar10", "cifar100"):

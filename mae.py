@@ -2,7 +2,7 @@
 
 Three quarters of the patches are removed. The encoder sees only the rest; a small decoder gets the encoded patches, a mask
 token in each empty place, and predicts the pixels that were there. What is kept in the end is the encoder. The recipe is
-that of A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023, Sec. 2 and Appendix A).
+that of A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023, Sec. 2).
 
     loss = mean over removed patches of (prediction - target)^2,  target = the patch's pixels, normalised per patch
 
@@ -258,7 +258,7 @@ def folder_data(root, train):
 
 
 def named_data(args, train):
-    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so (Table 3)."""
+    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so."""
     sets, root, options = torchvision.datasets, args.root, {"download": args.download}
     try:
         if args.data in ("cifar10", "cifar100"):

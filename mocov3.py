@@ -3,7 +3,7 @@
 Two random views of an image must resemble each other more than they resemble the other images of the batch. One view goes
 through the encoder that learns, the other through its slowly moving average, the momentum encoder, whose outputs ("keys")
 are what the first one's ("queries") are compared with. What is kept in the end is the encoder. The recipe is that of A Closer
-Look at Self-Supervised Lightweight Vision Transformers (ICML 2023, Sec. 2 and Appendix A).
+Look at Self-Supervised Lightweight Vision Transformers (ICML 2023, Sec. 2).
 
     q = predictor(encoder(x1)),  k = momentum_encoder(x2),  both of length 1
     ctr(q, k) = -log( exp(q.k+ / T) / sum over the keys k of the batch exp(q.k / T) ),  k+ = the same image's     (Eq. 1)
@@ -473,7 +473,7 @@ def folder_data(root, train):
 
 
 def named_data(args, train):
-    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so (Table 3)."""
+    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so."""
     sets, root, options = torchvision.datasets, args.root, {"download": args.download}
     try:
         if args.data in ("cifar10", "cifar100"):

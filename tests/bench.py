@@ -5,15 +5,17 @@
     python tests/bench.py mae --batch-size 256 --compile # on a GPU: bf16 by default
 
 Parts: loader (decode, crop, flip, normalise), memory (what data in memory costs of a step), mae (the model alone), end (a whole
-run of mae.py). On a shared machine look at the ratios: rounds of the two ways alternate, the ratio is the median over rounds.
+run of mae.py), distill (what the teacher costs), and what bench_finetune.py, bench_mocov3.py, bench_analysis.py measure. On a shared machine look at the ratios: rounds of the two ways alternate, the ratio is the median over rounds.
 """
 import argparse
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -227,13 +229,13 @@ def bench_end(args):
         finally:
             sys.stdout = output
         log = [line for line in (Path(folder) / "out" / "log.jsonl").read_text().splitlines()]
-    last = __import__("json").loads(log[-1])
+    last = json.loads(log[-1])
     print(f"\nEnd to end, mae.py, ViT-Tiny, 224 px, batch {batch_size}: {last['images_per_s']:.1f} images/s, "
           f"{last['data_wait']:.1%} of the time waiting for data; the model alone {batch_size / statistics.median(model_only):.1f} images/s")
 
 
 PARTS = {"loader": bench_loader, "memory": bench_memory, "mae": bench_mae, "end": bench_end}
-OTHERS = [name for name in ("finetune", "mocov3", "distill", "analysis") if (ROOT / "tests" / f"bench_{name}.py").exists()]
+OTHERS = {"finetune": ("batch_size", "compile"), "mocov3": ("data", "batch_size"), "distill": None, "analysis": ()}
 
 
 def main():
@@ -248,8 +250,15 @@ def main():
     for name in args.parts or [*PARTS, *OTHERS]:
         if name in PARTS:
             PARTS[name](args)
+        elif name == "distill":
+            importlib.import_module("bench_distill").run(args)
+        elif name in OTHERS:
+            options = [part for option in OTHERS[name] if (value := getattr(args, option))
+                       for part in (f"--{option.replace('_', '-')}", *([] if value is True else [str(value)]))]
+            print(flush=True)
+            subprocess.run([sys.executable, ROOT / "tests" / f"bench_{name}.py", *options], check=True)
         else:
-            importlib.import_module(f"bench_{name}").bench(args)
+            parser.error(f"no part {name}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_
 TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, mlp_ratio=4)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
+
+
 def value(name, shape):
     """The golden value of a parameter, in float64."""
     v = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
