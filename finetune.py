@@ -933,7 +933,7 @@ def train(args):
     augment = RandAugment(args.randaug, fill=[round(255 * v) for v in args.mean]) if args.randaug else None
     crops = crops_of(data, plan, args, device, augment=augment)
     began = since = time.perf_counter()
-    waited, losses = 0.0, []
+    step, testing, waited, seen, losses = start, False, 0.0, 0, []
 
     for step in range(start, end):
         lr = learning_rate(step, steps, warmup_steps, args.lr)
@@ -972,17 +972,18 @@ def train(args):
         optimizer.zero_grad()
 
         losses.append(mean_loss)
+        seen += parts[0].count
         done, step = step + 1 == end or stopping > 0, step + 1
         testing = step == steps or step % eval_every == 0
         saving = done or testing or step % save_every == 0
         log.bar.update()
         if saving or step % args.log_every == 0:
             now = time.perf_counter()
-            speed = dict(images_per_s=len(losses) * args.batch_size / (now - since), data_wait=waited / (now - since))
+            speed = dict(images_per_s=seen / (now - since), data_wait=waited / (now - since))
             best = predict(model, held_out, args, rank, world, device) if testing else None
             result = accuracy(best, held_out.labels, real) if testing else {}
             log(epoch=step / steps_per_epoch, step=step, loss=sum(losses) / len(losses), lr=lr, **speed, **result)
-            since, waited, losses = time.perf_counter(), 0.0, []
+            since, waited, seen, losses = time.perf_counter(), 0.0, 0, []
         if rank == 0 and testing and result["top1"] > top1:
             top1 = result["top1"]
             save_checkpoint(args.out / "best.pt", model=model.state_dict(), step=step, top1=top1, config=settings(args))
