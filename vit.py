@@ -337,20 +337,23 @@ def toy_shapes(num_images, img_size=32, seed=0):
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)
     labels = torch.empty(num_images, dtype=torch.int64)
     for start in range(0, num_images, 256):
-        part = slice(start, start + 256)
-        pixels, kinds = draw_shapes(img_size, np.random.default_rng((seed, start)))
-        images[part], labels[part] = pixels[:num_images - start], kinds[:num_images - start]
+        rng, count = np.random.default_rng((seed, start)), min(256, num_images - start)
+        kinds = torch.from_numpy(rng.integers(len(TOY_CLASSES), size=256))[:count]
+        uniform = torch.from_numpy(rng.random((256, 20), dtype=np.float32))[:count]
+        labels[start:start + count] = kinds
+        step = max(1, 2 ** 18 // img_size ** 2)  # large images a few at a time, for the memory's sake
+        for k in range(0, count, step):
+            images[start + k:start + min(k + step, count)] = draw_shapes(kinds[k:k + step], uniform[k:k + step], img_size)
     return images, labels
 
 
-def draw_shapes(img_size, rng, count=256):
-    """`count` scenes `(count, 3, S, S)` uint8 and their classes `(count,)`."""
-    kinds = torch.from_numpy(rng.integers(len(TOY_CLASSES), size=count))
-    uniform = torch.from_numpy(rng.random((count, 20), dtype=np.float32))[:, :, None, None]  # (count, 20, 1, 1)
+def draw_shapes(kinds, uniform, img_size):
+    """Draws scenes, `(n, 3, S, S)` uint8: classes `(n,)`, and numbers in (0, 1) for all that is free, `(n, 20)`."""
+    uniform = uniform[:, :, None, None]                                                   # (n, 20, 1, 1)
     axis = (torch.arange(img_size) + 0.5) / img_size * 2 - 1                              # pixel centres in (-1, 1)
     x, y = axis[None, None, :], axis[None, :, None]
     size = 0.55 + 0.3 * uniform[:, 0]
-    dx, dy = x - (uniform[:, 1] - 0.5) * 0.7, y - (uniform[:, 2] - 0.5) * 0.7             # (count, S, S)
+    dx, dy = x - (uniform[:, 1] - 0.5) * 0.7, y - (uniform[:, 2] - 0.5) * 0.7             # (n, S, S)
     angle = 2 * math.pi * uniform[:, 3]
     u, v = (dx * angle.cos() + dy * angle.sin()) / size, (dy * angle.cos() - dx * angle.sin()) / size
     radius, theta = torch.hypot(u, v), torch.atan2(v, u)
@@ -372,12 +375,12 @@ def draw_shapes(img_size, rng, count=256):
         "star": 0.39 - radius * torch.cos(math.pi / 5 * 1.75 - fifth.abs()) * 0.9,
         "triangle": polygon(3),
     }
-    inside = torch.stack([inside[name] for name in TOY_CLASSES], 1)[torch.arange(count), kinds]
+    inside = torch.stack([inside[name] for name in TOY_CLASSES], 1)[torch.arange(len(kinds)), kinds]
     alpha = (inside * size * img_size / 2 + 0.5).clamp(0, 1)[:, None]                     # one pixel of soft edge
     ramp = 0.5 + 0.45 * (x * torch.cos(angle * 3) + y * torch.sin(angle * 3))[:, None]
     ramp_inside = 0.5 + 0.45 * (x * torch.cos(angle * 5 + 1) + y * torch.sin(angle * 5 + 1))[:, None]
-    background = uniform[:, 4:7] * (1 - ramp) + uniform[:, 7:10] * ramp                   # (count, 3, S, S)
+    background = uniform[:, 4:7] * (1 - ramp) + uniform[:, 7:10] * ramp                   # (n, 3, S, S)
     shape = uniform[:, 10:13] * (1 - ramp_inside) + uniform[:, 13:16] * ramp_inside
     dark = (uniform[:, 16:17] > 0.5).float()                                              # the two always differ in light
     background, shape = 0.5 * (background + dark), 0.5 * (shape + 1 - dark)
-    return ((background * (1 - alpha) + shape * alpha) * 255).round().clamp(0, 255).to(torch.uint8), kinds
+    return ((background * (1 - alpha) + shape * alpha) * 255).round().clamp(0, 255).to(torch.uint8)
