@@ -86,7 +86,7 @@ def test_sec3_the_loss_counts_removed_patches_only():
     model = autoencoder()
     loss, pred, mask = model(images(), noise=noise(4, 16))
     error = ((pred - model.target(images())) ** 2).mean(-1)
-    assert loss == pytest.approx(error[mask == 1].mean().item(), rel=1e-12)
+    assert loss.item() == pytest.approx(error[mask == 1].mean().item(), rel=1e-12)
 
 
 def test_norm_pix_targets_have_zero_mean_and_unit_variance():
@@ -124,10 +124,10 @@ def test_bf16_keeps_the_loss_in_float32():
 # ------------------------------------------------------------------------------------------------ runs
 
 def test_mae_runs_from_the_command_line_and_learns(tmp_path):
-    out = run("mae.py", "--out", tmp_path, "--fraction", 0.25, "--epochs", 4, "--batch-size", 64, "--decoder-dim", 48)
+    out = run("mae.py", "--out", tmp_path, "--fraction", 0.125, "--epochs", 4, "--batch-size", 32, "--decoder-dim", 48)
     log = log_of(tmp_path)
-    assert "1 rank x 64 images x 1 accumulation = 64 images; base lr 0.006 x 64/256 = lr 0.0015" in out and "done: step 128 of 128" in out
-    assert log[-1]["loss"] < 0.62 < 1 < log[0]["loss"]
+    assert "1 rank x 32 images x 1 accumulation = 32 images; base lr 0.006 x 32/256 = lr 0.00075" in out and "done: step 128 of 128" in out
+    assert log[-1]["loss"] < 0.8 < 1 < log[0]["loss"]  # predicting each patch's mean gives 0.98
     assert {"epoch", "step", "loss", "lr", "images_per_s", "data_wait"} == log[-1].keys()
     for name in ("config.json", "last.pt", "loss.png", "reconstruction.png"):
         assert (tmp_path / name).stat().st_size > 100
