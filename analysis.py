@@ -680,7 +680,7 @@ def main(argv=None):
     add = parser.add_argument
     add("what", nargs="?", default="all", choices=("cka", "fourier", "attention", "maps", "all"), help="default: all")
     add("models", nargs="*", help="checkpoints as label=path or path; random: untrained (default: runs/*/last.pt)")
-    add("--heads", type=int, nargs="+", default=[12], help="attention heads, one number for all models or one each")
+    add("--heads", type=int, nargs="+", default=[None], help="attention heads, one number for all models or one each (default: 12)")
     add("--data", default="toy", help=f"toy (drawn shapes), a folder with train/ and val/, or one of: {' '.join(NAMED)}")
     add("--root", default="data", help="where the named data sets lie")
     add("--download", action="store_true", help="fetch a named data set into --root first")

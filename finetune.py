@@ -85,10 +85,13 @@ class FeatureNorm(nn.BatchNorm1d):
 
     def forward(self, x):
         x = x.float()
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
         sums = torch.cat([x.sum(0), x.new_tensor([len(x)])])
-        dist.all_reduce(sums)
+        if self.training and dist.is_initialized():
+            dist.all_reduce(sums)
+        if not self.training or sums[-1] < 2:  # one image has no variance
+            return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+        if not dist.is_initialized():
+            return super().forward(x)
         count, mean = sums[-1], sums[:-1] / sums[-1]
         variance = (x - mean).square().sum(0)
         dist.all_reduce(variance)
@@ -517,6 +520,11 @@ def image_of(visit, count, seed):
     return int(permutation(count, seed, visit // count)[visit % count])
 
 
+def leave_group(_):
+    """Workers outlive a SIGTERM to the whole process group (torchrun, a scheduler, Ctrl-C): the run then ends in order."""
+    os.setpgrp()
+
+
 class Crops(torch.utils.data.Dataset):
     """Visit v gives `crops` random crops of one image, uint8 `(crops, 3, S, S)`, from one decoding; then `augment` each."""
 
@@ -576,7 +584,7 @@ def crops_of(data, batches, args, device, crops=1, augment=None):
         visits = ([batch.first + row for row in batch.rows] for batch in batches)
         loader = torch.utils.data.DataLoader(
             Crops(data, args, crops, augment), batch_sampler=visits, num_workers=args.workers,
-            pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
+            pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None, worker_init_fn=leave_group)
         for images in loader:
             yield images.to(device, non_blocking=True).flatten(0, 1).float()
         return
@@ -688,10 +696,14 @@ class Log:
 
 
 def catch_stop():
-    """SIGTERM and Ctrl-C set the returned list instead of ending the process: the loop then saves and leaves."""
-    stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.append(True))
+    """SIGTERM and Ctrl-C fill the returned list instead of ending the process: the loop saves and leaves. The second one ends it."""
+    stop, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, _):
+        stop.append(number)
+        signal.signal(number, before[number])
+    for number in before:
+        signal.signal(number, note)
     return stop
 
 
@@ -734,13 +746,16 @@ def shared_arguments(parser):
 
 
 def resolve(args, preset, data, rank, world):
-    """Fills what the command line left open from a preset, checks, prints. Sets `args.lr`, `visits`, `steps`. BadInput."""
+    """Fills what the command line left open from a preset, checks it, sets `args.lr`, prints. BadInput."""
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     cuda = torch.cuda.is_available()
     args.amp = args.amp or ("bf16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "off")
     args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
+    for name in ("accum", "epochs", "log_every", "img_size", "patch_size", "crops_per_image", "eval_every", "max_steps"):
+        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, None) == 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.img_size % args.patch_size:
         raise BadInput(f"--patch-size {args.patch_size} does not divide --img-size {args.img_size}")
     parts = world * args.accum * getattr(args, "crops_per_image", 1)
@@ -763,14 +778,15 @@ def resolve(args, preset, data, rank, world):
 def begin_run(args, rank):
     """Makes `--out`, writes config.json, and returns the checkpoint to continue from, or None."""
     checkpoint = load_checkpoint(args.out / "last.pt", args) if args.resume else None
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None and (args.out / "last.pt").exists():
-            os.replace(args.out / "last.pt", args.out / "previous.pt")
-            print(f"{args.out} held a run: its checkpoint is now previous.pt (--resume would have continued it)")
-        (args.out / "config.json").write_text(json.dumps(settings(args), indent=1) + "\n")
     if dist.is_initialized():
         dist.barrier()  # nobody renames what another still reads
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt"):
+            if checkpoint is None and (args.out / name).exists():
+                os.replace(args.out / name, args.out / f"previous-{name}")
+                print(f"{args.out} held a run: its {name} is now previous-{name} (--resume would have continued it)")
+        (args.out / "config.json").write_text(json.dumps(settings(args), indent=1) + "\n")
     return checkpoint
 
 
@@ -902,13 +918,13 @@ def train(args):
     if not 0 <= args.drop_path < 1:
         raise BadInput(f"--drop-path {args.drop_path} must be at least 0, below 1")
     real = read_real_labels(args.real_labels, held_out)
-    checkpoint = begin_run(args, rank)
 
     steps_per_epoch = math.ceil(len(data) / args.batch_size)
     steps, warmup_steps = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
 
     torch.manual_seed(args.seed)
     model = build(args, len(data.classes), rank).to(device)
+    checkpoint = begin_run(args, rank)
     groups = layer_decay_groups(model, args.lr, args.weight_decay, args.layer_decay)
     optimizer = (torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, momentum=0.9, nesterov=args.mode == "finetune", fused=True))
@@ -921,7 +937,7 @@ def train(args):
         scaler.load_state_dict(checkpoint["scaler"])
         start, top1 = checkpoint["step"], checkpoint["top1"]
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
     network = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
 
     labels, mixing = torch.from_numpy(data.labels).to(device), mixers(args, len(data.classes))
@@ -962,11 +978,11 @@ def train(args):
             loss += part.detach() * batch.weight
 
         mean_loss, stopping = across_ranks(loss, float(bool(stop)))
-        if not math.isfinite(mean_loss):  # seen by all ranks alike, before the update
-            raise BadInput(f"step {step + 1}: the loss is {mean_loss}; stopped before the update, {args.out / 'last.pt'} is as it "
-                           "was (try --amp bf16, --clip-grad 1, a lower --base-lr; or a broken image?)")
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        if not math.isfinite(mean_loss + (0 if scaler.is_enabled() else norm.item())):  # seen by all ranks alike, before the update
+            raise BadInput(f"step {step + 1}: the loss is {mean_loss}, its gradient {norm:.3g} long; stopped before the update, "
+                           f"{args.out / 'last.pt'} is as it was (try --amp bf16, --clip-grad 1, a lower --base-lr; or a broken image?)")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -1046,7 +1062,7 @@ def throughput(args):
     resolve(args, choose(args, "toy" if args.data == "toy" else "photos"), (), 1, 1)
     model = build(args, len(vit.TOY_CLASSES) if args.arch == "toy" else 1000, 0).to(device).eval()
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     times = []
     while len(times) < 4 or sum(times) < 3:

@@ -148,7 +148,7 @@ def draw_reconstructions(path, model, images, args, title):
     model.eval()
     p = args.patch_size
     noise = torch.rand(len(images), model.encoder.grid ** 2, generator=torch.Generator().manual_seed(0)).to(images.device)
-    _, pred, mask = model(images, args.mask_ratio, noise)
+    _, pred, mask = model.forward(images, args.mask_ratio, noise)  # not the compiled call: these are fewer images
     model.train()
     original, pred, mask = patchify(images, p), pred.to(images.dtype), mask[:, :, None]
     if model.norm_pix_loss:
@@ -365,6 +365,11 @@ def image_of(visit, count, seed):
     return int(permutation(count, seed, visit // count)[visit % count])
 
 
+def leave_group(_):
+    """Workers outlive a SIGTERM to the whole process group (torchrun, a scheduler, Ctrl-C): the run then ends in order."""
+    os.setpgrp()
+
+
 class Crops(torch.utils.data.Dataset):
     """Visit v gives `crops` random crops of one image, uint8 `(crops, 3, S, S)`, from one decoding; then `augment` each."""
 
@@ -424,7 +429,7 @@ def crops_of(data, batches, args, device, crops=1, augment=None):
         visits = ([batch.first + row for row in batch.rows] for batch in batches)
         loader = torch.utils.data.DataLoader(
             Crops(data, args, crops, augment), batch_sampler=visits, num_workers=args.workers,
-            pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
+            pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None, worker_init_fn=leave_group)
         for images in loader:
             yield images.to(device, non_blocking=True).flatten(0, 1).float()
         return
@@ -545,10 +550,14 @@ class Log:
 
 
 def catch_stop():
-    """SIGTERM and Ctrl-C set the returned list instead of ending the process: the loop then saves and leaves."""
-    stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.append(True))
+    """SIGTERM and Ctrl-C fill the returned list instead of ending the process: the loop saves and leaves. The second one ends it."""
+    stop, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, _):
+        stop.append(number)
+        signal.signal(number, before[number])
+    for number in before:
+        signal.signal(number, note)
     return stop
 
 
@@ -591,13 +600,16 @@ def shared_arguments(parser):
 
 
 def resolve(args, preset, data, rank, world):
-    """Fills what the command line left open from a preset, checks, prints. Sets `args.lr`, `visits`, `steps`. BadInput."""
+    """Fills what the command line left open from a preset, checks it, sets `args.lr`, prints. BadInput."""
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     cuda = torch.cuda.is_available()
     args.amp = args.amp or ("bf16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "off")
     args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
+    for name in ("accum", "epochs", "log_every", "img_size", "patch_size", "crops_per_image", "eval_every", "max_steps"):
+        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, None) == 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.img_size % args.patch_size:
         raise BadInput(f"--patch-size {args.patch_size} does not divide --img-size {args.img_size}")
     parts = world * args.accum * getattr(args, "crops_per_image", 1)
@@ -620,14 +632,15 @@ def resolve(args, preset, data, rank, world):
 def begin_run(args, rank):
     """Makes `--out`, writes config.json, and returns the checkpoint to continue from, or None."""
     checkpoint = load_checkpoint(args.out / "last.pt", args) if args.resume else None
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None and (args.out / "last.pt").exists():
-            os.replace(args.out / "last.pt", args.out / "previous.pt")
-            print(f"{args.out} held a run: its checkpoint is now previous.pt (--resume would have continued it)")
-        (args.out / "config.json").write_text(json.dumps(settings(args), indent=1) + "\n")
     if dist.is_initialized():
         dist.barrier()  # nobody renames what another still reads
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt"):
+            if checkpoint is None and (args.out / name).exists():
+                os.replace(args.out / name, args.out / f"previous-{name}")
+                print(f"{args.out} held a run: its {name} is now previous-{name} (--resume would have continued it)")
+        (args.out / "config.json").write_text(json.dumps(settings(args), indent=1) + "\n")
     return checkpoint
 
 
@@ -660,7 +673,6 @@ def train(args):
     stop = catch_stop()
     data, held_out = open_splits(args, rank)
     resolve(args, PRESETS["toy" if args.data == "toy" else "photos" if data.pixels is None else "small"], data, rank, world)
-    checkpoint = begin_run(args, rank)
 
     # An epoch is len(data) images seen; with R crops of each decoded image that is one R-th as many visits.
     visits, visit_batch = max(1, len(data) // args.crops_per_image), args.batch_size // args.crops_per_image
@@ -673,6 +685,7 @@ def train(args):
         report = vit.load_weights(model.encoder, args.init)
         if rank == 0:
             print(f"--init {args.init}: {report}")
+    checkpoint = begin_run(args, rank)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     autocast = functools.partial(torch.autocast, device.type, {"fp16": torch.float16}.get(args.amp, torch.bfloat16), args.amp != "off")
@@ -683,7 +696,7 @@ def train(args):
         scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
     network = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
 
     shown = data if held_out is None else held_out
@@ -717,11 +730,11 @@ def train(args):
             loss += part.detach() * batch.weight
 
         mean_loss, stopping = across_ranks(loss, float(bool(stop)))
-        if not math.isfinite(mean_loss):  # seen by all ranks alike, before the update
-            raise BadInput(f"step {step + 1}: the loss is {mean_loss}; stopped before the update, {args.out / 'last.pt'} is as it "
-                           "was (try --amp bf16, --clip-grad 1, a lower --base-lr; or a broken image?)")
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        if not math.isfinite(mean_loss + (0 if scaler.is_enabled() else norm.item())):  # seen by all ranks alike, before the update
+            raise BadInput(f"step {step + 1}: the loss is {mean_loss}, its gradient {norm:.3g} long; stopped before the update, "
+                           f"{args.out / 'last.pt'} is as it was (try --amp bf16, --clip-grad 1, a lower --base-lr; or a broken image?)")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -760,8 +773,9 @@ def reconstruct(args):
         state = checkpoint["model"]
     except Exception as error:  # torch.load fails in many ways on what is not a checkpoint
         raise BadInput(f"--reconstruct {args.reconstruct}: not a checkpoint ({str(error).splitlines()[0]})") from None
+    unset = {"data": "toy", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     for name, value in {**PRESETS["photos"], **checkpoint.get("config", {})}.items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name, None) in (None, unset.get(name)):
             setattr(args, name, value)
     model = build(args)
     own = model.state_dict()

@@ -38,7 +38,9 @@ class Attention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
         if return_scores:  # the explicit way: the scores exist as a tensor
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                     # (B, h, N, N)
+            with torch.autocast(x.device.type, enabled=False):  # in float32 or wider, whatever the rest runs in
+                wide = torch.promote_types(q.dtype, torch.float32)
+                scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).transpose(-2, -1)               # (B, h, N, N)
             x = scores.softmax(dim=-1).to(v.dtype) @ v
         else:              # the fast way: they never do
             scores, x = None, F.scaled_dot_product_attention(q, k, v)
@@ -300,26 +302,40 @@ def load_weights(model, path_or_state, branch="base_encoder"):
     return LoadReport(missing, unused + others)
 
 
-def from_weights(path_or_state, num_heads=12, branch="base_encoder", **kw):
+def from_weights(path_or_state, num_heads=None, branch="base_encoder", **kw):
     """A VisionTransformer whose sizes are read off a checkpoint, filled from it; returns `(model, report)`.
 
-    Heads leave no trace in the shapes: all networks here have 12, DeiT-Tiny has 3, DeiT-Small 6. A classifier's head and
-    pooling are kept; `kw` overrides. WeightsError as `load_weights`.
+    Heads leave no trace in the shapes: 12, as all networks here have, unless this project's checkpoint says otherwise or
+    `num_heads` does (DeiT-Tiny has 3, DeiT-Small 6). A classifier's head and pooling are kept; `kw` overrides. WeightsError
+    as `load_weights`.
     """
     state, _ = read_weights(path_or_state, branch)
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     try:
         sizes = {
             "img_size": patch_size * math.isqrt(state["pos_embed"].shape[1] - 1), "patch_size": patch_size,
-            "in_chans": in_chans, "embed_dim": width, "num_heads": num_heads,
+            "in_chans": in_chans, "embed_dim": width, "num_heads": num_heads or own_heads(path_or_state),
             "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
             "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
             "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
             "global_pool": "avg" if "fc_norm.weight" in state else "token"}
     except (KeyError, ValueError):
         raise WeightsError("the checkpoint has a patch embedding but no position embedding or blocks: not a whole ViT") from None
-    model = VisionTransformer(**{**sizes, **kw})
+    try:
+        model = VisionTransformer(**{**sizes, **kw})
+    except ValueError as error:
+        raise WeightsError(f"{error}: give the number of heads") from None
     return model, load_weights(model, path_or_state, branch)
+
+
+def own_heads(path_or_state):
+    """The heads that one of this project's checkpoints notes in its settings, else 12."""
+    checkpoint = path_or_state
+    if not isinstance(checkpoint, dict):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path_or_state, map_location="cpu", weights_only=True)
+    config = checkpoint.get("config")
+    return config.get("num_heads", 12) if isinstance(config, dict) else 12
 
 
 # ------------------------------------------------------------------------------------------------ toy data

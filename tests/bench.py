@@ -214,14 +214,12 @@ def bench_mae(args):
 def bench_end(args):
     """Ten steps of mae.py as users start it, from JPEGs, against the model alone."""
     paths, batch_size = photographs(args), args.batch_size or (256 if DEVICE.type == "cuda" else 32)
-    step = training_step(*tiny_mae(batch_size), plain=False)
-    model_only = alternate({"": step}, args.rounds)[""]
+    step = training_step(*tiny_mae(batch_size), plain=False, compile=args.compile)
+    model_only = alternate({"": step}, args.rounds, torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None)[""]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "images").mkdir()
-        for i in range(max(1, 10 * batch_size // len(paths) + 1)):  # the same files several times
-            for path in paths:
-                os.link(path, Path(folder) / "images" / f"{i}-{Path(path).name}") if os.stat(path).st_dev == os.stat(folder).st_dev \
-                    else os.symlink(path, Path(folder) / "images" / f"{i}-{Path(path).name}")
+        for i in range(10 * batch_size):  # the same files several times
+            os.symlink(os.path.abspath(paths[i % len(paths)]), Path(folder) / "images" / f"{i}.jpg")
         output, sys.stdout = sys.stdout, io.StringIO()
         try:
             mae.main(["--data", f"{folder}/images", "--out", f"{folder}/out", "--batch-size", str(batch_size), "--max-steps", "10",

@@ -58,7 +58,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, i
     """SIGKILL at a moment nobody chose, images decoded by workers."""
     settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 8,
                 "--warmup-epochs", 1, "--log-every", 1, "--workers", 2, *teacher(script, patch=8),
-                *(("--knn-images", 0) if script == "mocov3" else ()))
+                *(("--knn-images", 0, "--mlp-dim", 64, "--dim", 32) if script == "mocov3" else ()))
     finish(launch(script, *settings, "--out", tmp_path / "whole"))
     process, = launch(script, *settings, "--out", tmp_path / "killed")
     while not (tmp_path / "killed" / "last.pt").exists():
@@ -91,6 +91,17 @@ def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
     assert process.returncode == 0 and f"stopped, --resume continues: step {steps} of 4000" in out and steps == log_of(tmp_path)[-1]["step"]
 
 
+def test_a_signal_to_the_whole_process_group_spares_the_workers_and_saves(tmp_path, image_folder):
+    """What torchrun, schedulers and Ctrl-C send."""
+    process = start("mae.py", "--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 12, "--epochs", 1000,
+                    "--warmup-epochs", 1, "--log-every", 1, "--workers", 2, "--out", tmp_path, start_new_session=True)
+    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped, --resume continues" in out and (tmp_path / "last.pt").exists(), err
+
+
 def test_torchrun_runs_it(tmp_path):
     process = start("mae.py", *TINY, "--max-steps", 1, "--out", tmp_path, ranks=2)
     out, err = process.communicate(timeout=120)
@@ -100,7 +111,8 @@ def test_torchrun_runs_it(tmp_path):
 def test_a_finished_run_is_not_lost_to_a_second_one(tmp_path, capsys):
     call(mae, *TINY, "--max-steps", 1, "--out", tmp_path)
     call(mae, *TINY, "--max-steps", 2, "--out", tmp_path)
-    assert torch.load(tmp_path / "previous.pt", weights_only=True)["step"] == 1 and "previous.pt" in capsys.readouterr().out
+    assert torch.load(tmp_path / "previous-last.pt", weights_only=True)["step"] == 1 and "previous-last.pt" in capsys.readouterr().out
+    call(mae, *TINY, "--max-steps", 1, "--out", tmp_path, "--init", tmp_path / "last.pt")  # read before it is moved
 
 
 def test_compiled_and_plain_networks_agree():
@@ -134,6 +146,7 @@ def test_repeated_crops_count_as_images_seen(tmp_path):
     (("--mask-ratio", 1), "--mask-ratio 1.0 must be at least 0, below 1"),
     (("--warmup-epochs", 12), "--warmup-epochs 12.0 must be less than --epochs 12"),
     (("--fraction", 0), "--fraction 0.0 must be above 0, at most 1"),
+    (("--accum", 0), "--accum 0 must be at least 1"),
     (("--init", "nothing.pt"), "nothing.pt: cannot be opened (No such file or directory)"),
     (("--reconstruct", "nothing.pt"), "--reconstruct nothing.pt: not a checkpoint"),
 ])
@@ -216,7 +229,15 @@ def test_a_nan_stops_all_ranks_before_the_update(tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     finish(launch("mae", *TINY, "--out", tmp_path, "--resume", ranks=2, break_at_step=6, errors=tmp_path / "errors"), code=2)
     errors = [line for line in (tmp_path / "errors").read_text().splitlines() if line.startswith("error")]
-    assert len(errors) == 2 and all("step 7: the loss is nan; stopped before the update" in line for line in errors)
+    assert len(errors) == 2 and all("step 7: the loss is nan" in line and "stopped before the update" in line for line in errors)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path, capsys, monkeypatch):
+    call(mae, *TINY, "--max-steps", 4, "--out", tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(mae.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("inf")))
+    assert "step 5: the loss is 1" in (line := refused(capsys, mae, *TINY, "--resume", "--out", tmp_path)) and "its gradient inf long" in line
     assert (tmp_path / "last.pt").read_bytes() == before
 
 

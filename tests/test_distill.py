@@ -155,6 +155,7 @@ def test_without_a_teacher_mae_trains_one_first(tmp_path, monkeypatch, capsys):
         commands.append([str(part) for part in command])
         (tmp_path / "teacher").mkdir()
         save_teacher(tmp_path / "teacher" / "last.pt")
+        (tmp_path / "teacher" / "log.jsonl").write_text('{"epoch": 12.0}\n')
     monkeypatch.setattr(distill.subprocess, "run", train)
     call(distill, *TINY, "--max-steps", 1, "--out", tmp_path)
     assert commands[0][1:] == [str(ROOT / "mae.py"), "--out", str(tmp_path / "teacher"), "--resume"]
@@ -164,14 +165,14 @@ def test_without_a_teacher_mae_trains_one_first(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("asked, student, teacher", [
     ((), [6], [5]), (("2", "4"), [2, 4], [1, 3]), (("all",), [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5])])
 def test_fig7_blocks_count_from_1_and_the_last_is_the_default(asked, student, teacher, tmp_path):
-    args = type("", (), dict(arch="toy", img_size=32, patch_size=4, teacher=str(save_teacher(tmp_path / "t.pt")), teacher_arch=None,
+    args = type("", (), dict(arch="toy", img_size=32, patch_size=4, teacher=str(save_teacher(tmp_path / "t.pt")), teacher_arch=None, teacher_heads=None,
                              distill_blocks=list(asked) or None))
     assert distill.load_teacher(args, 0).blocks == teacher and args.distill_blocks == student
 
 
 def test_networks_of_different_depth_are_matched_by_relative_depth(tmp_path):
     args = type("", (), dict(arch="toy", img_size=32, patch_size=4, teacher=str(save_teacher(tmp_path / "t.pt", depth=12)),
-                             teacher_arch=None, distill_blocks=["1", "3", "6"]))
+                             teacher_arch=None, teacher_heads=None, distill_blocks=["1", "3", "6"]))
     assert distill.load_teacher(args, 0).blocks == [1, 5, 11]
 
 
