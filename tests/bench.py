@@ -256,6 +256,7 @@ def main():
         elif name in OTHERS:
             options = [part for option in OTHERS[name] if (value := getattr(args, option))
                        for part in (f"--{option.replace('_', '-')}", *([] if value is True else [str(value)]))]
+            options += ["--amp", "bf16"] if name == "finetune" and DEVICE.type == "cuda" else []
             print(flush=True)
             subprocess.run([sys.executable, ROOT / "tests" / f"bench_{name}.py", *options], check=True)
         else:
