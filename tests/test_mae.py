@@ -124,10 +124,11 @@ def test_bf16_keeps_the_loss_in_float32():
 # ------------------------------------------------------------------------------------------------ runs
 
 def test_mae_runs_from_the_command_line_and_learns(tmp_path):
-    out = run("mae.py", "--out", tmp_path, "--fraction", 0.125, "--epochs", 4, "--batch-size", 32, "--decoder-dim", 48)
+    out = run("mae.py", "--out", tmp_path, "--fraction", 0.0625, "--epochs", 4, "--batch-size", 16, "--base-lr", 0.012,
+              "--decoder-dim", 48)
     log = log_of(tmp_path)
-    assert "1 rank x 32 images x 1 accumulation = 32 images; base lr 0.006 x 32/256 = lr 0.00075" in out and "done: step 128 of 128" in out
-    assert log[-1]["loss"] < 0.8 < 1 < log[0]["loss"]  # predicting each patch's mean gives 0.98
+    assert "1 rank x 16 images x 1 accumulation = 16 images; base lr 0.012 x 16/256 = lr 0.00075" in out and "done: step 128 of 128" in out
+    assert log[-1]["loss"] < 0.85 < 1 < log[0]["loss"]  # predicting each patch's mean gives 0.98
     assert {"epoch", "step", "loss", "lr", "images_per_s", "data_wait"} == log[-1].keys()
     for name in ("config.json", "last.pt", "loss.png", "reconstruction.png"):
         assert (tmp_path / name).stat().st_size > 100
