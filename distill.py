@@ -944,7 +944,9 @@ def run(main):
     try:
         main()
     except (BadInput, vit.WeightsError, OSError) as error:  # a worker's error arrives with its traceback: the last line says it
-        print("error:", str(error).strip().splitlines()[-1].split("BadInput: ")[-1], file=sys.stderr, flush=True)
+        line = str(error).strip().splitlines()[-1].split("BadInput: ")[-1]
+        sys.stderr.write(f"error: {line}\n")  # in one piece: several ranks may write
+        sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)
 
 
