@@ -845,8 +845,7 @@ def choose(args, kind):
     preset["arch"] = {96: "toy", 192: "tiny", 384: "small", 768: "base"}.get(width, preset["arch"])
     if "pos_embed" in state:
         preset["img_size"] = math.isqrt(state["pos_embed"].shape[1] - 1) * preset["patch_size"]
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        preset.update({"num_heads": 12, **own_config(torch.load(args.init, map_location="cpu", weights_only=True))})
+    preset["num_heads"] = vit.own_heads(args.init)
     contrastive, classifier = "head.0.weight" in state, {"head.weight", "norm.weight"} <= state.keys()
     if contrastive and recipe == "improved":
         preset["layer_decay"] = 0.75
@@ -856,12 +855,6 @@ def choose(args, kind):
     elif args.mode != "finetune":  # the feature that pre-training worked on
         preset["pool"] = "token" if contrastive or classifier else "avg"
     return preset
-
-
-def own_config(checkpoint):
-    """What one of this project's checkpoints says about its network that the shapes do not: the number of heads."""
-    config = checkpoint.get("config", {})
-    return {"num_heads": config["num_heads"]} if isinstance(config, dict) and "num_heads" in config else {}
 
 
 def build(args, num_classes, rank):

@@ -38,6 +38,8 @@ def test_shared_functions_are_the_same_to_the_letter(script):
             assert function_source(script, name) == function_source("mae.py", name), f"{name} differs"
             twins += 1
     assert twins >= 10
+    module = __import__(script.removesuffix(".py"))
+    assert not hasattr(module, "NAMED") or module.NAMED == mae.NAMED
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
