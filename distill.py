@@ -272,7 +272,7 @@ class Data:
         return len(self.files if self.pixels is None else self.pixels)
 
 
-NAMED = ("cifar10", "cifar100", "flowers102", "pets", "aircraft", "cars", "inat2018")
+NAMED = ("cifar10", "cifar100", "fashionmnist", "flowers102", "pets", "aircraft", "cars", "inat2018")
 
 
 def open_data(args, train):
@@ -337,6 +337,10 @@ def named_data(args, train):
         if args.data in ("cifar10", "cifar100"):
             part = (sets.CIFAR10 if args.data == "cifar10" else sets.CIFAR100)(root, train, **options)
             return Data(None, torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), np.array(part.targets), part.classes)
+        if args.data == "fashionmnist":  # grey, 28 px: a border makes it 32
+            part = sets.FashionMNIST(root, train, **options)
+            pixels = nn.functional.pad(part.data, (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1)
+            return Data(None, pixels, part.targets.numpy(), part.classes)
         if args.data == "inat2018":  # torchvision's class knows no split: the challenge's own lists do
             folder = Path(root) / "inat2018"
             listing = json.loads((folder / ("train2018.json" if train else "val2018.json")).read_text())

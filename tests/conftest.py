@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -168,6 +169,24 @@ def finish(processes, code=0):
     for process in processes:
         process.join(120)
         assert process.exitcode == code, f"exit {process.exitcode}, expected {code}"
+
+
+def killed_and_resumed_equals_uninterrupted(script, settings, folder):
+    """SIGKILL at a moment nobody chose, of a run too long to have ended before; then a few steps more, against as many in one go."""
+    process, = launch(script, *settings, "--out", folder / "killed")
+    while not (folder / "killed" / "last.pt").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    time.sleep(np.random.default_rng().uniform(0, 0.2))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    steps = torch.load(folder / "killed" / "last.pt", weights_only=True)["step"]
+    finish(launch(script, *settings, "--out", folder / "killed", "--resume", "--max-steps", 6))
+    finish(launch(script, *settings, "--out", folder / "whole", "--max-steps", steps + 6))
+    same_state(folder / "whole", folder / "killed")
+    losses = [[line["loss"] for line in log_of(folder / name)] for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == steps + 6
 
 
 def log_of(folder):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, finish, launch, log_of, refused, same_state, start
+from conftest import ROOT, call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start
 
 import mae
 import vit
@@ -56,20 +56,10 @@ def test_accumulation_gives_the_run_of_the_big_batch(script, tmp_path, teacher):
 @pytest.mark.parametrize("script", KILLED)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, image_folder, teacher):
     """SIGKILL at a moment nobody chose, images decoded by workers."""
-    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 6 if script == "mocov3" else 12,
+    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 100,
                 "--warmup-epochs", 1, "--log-every", 1, "--workers", 2, *teacher(script, patch=8),
                 *(("--knn-images", 0, "--mlp-dim", 64, "--dim", 32) if script == "mocov3" else ()))
-    finish(launch(script, *settings, "--out", tmp_path / "whole"))
-    process, = launch(script, *settings, "--out", tmp_path / "killed")
-    while not (tmp_path / "killed" / "last.pt").exists():
-        time.sleep(0.01)
-    time.sleep(np.random.default_rng().uniform(0, 0.2))
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL  # it had not finished by itself
-    finish(launch(script, *settings, "--out", tmp_path / "killed", "--resume"))
-    same_state(tmp_path / "whole", tmp_path / "killed")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) >= 18
+    killed_and_resumed_equals_uninterrupted(script, settings, tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -97,6 +97,18 @@ def test_cifar_is_read_by_torchvision(tmp_path, monkeypatch):
     assert data.pixels.shape == (10, 3, 32, 32) and data.labels.tolist() == [1] * 10 and len(data.classes) == 10
 
 
+def test_fashion_mnist_gets_a_border_and_three_channels(tmp_path):
+    """A tiny set in the published file format (IDX), read by torchvision."""
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(np.array([0x803, 4, 28, 28], ">i4").tobytes() + b"\7" * (4 * 28 * 28))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, 4], ">i4").tobytes() + bytes([3, 1, 4, 1]))
+    data = mae.open_data(arguments(data="fashionmnist", root=str(tmp_path)), train=True)
+    assert data.pixels.shape == (4, 3, 32, 32) and data.labels.tolist() == [3, 1, 4, 1] and len(data.classes) == 10
+    assert data.pixels[:, :, 2:30, 2:30].unique() == 7 and data.pixels.sum() == 4 * 3 * 28 * 28 * 7
+
+
 @pytest.mark.parametrize("name", mae.NAMED)
 def test_a_named_set_that_is_not_there_says_how_to_get_it(name, tmp_path):
     with pytest.raises(mae.BadInput, match=f"--data {name}: not in --root .*(download|put )"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, finish, launch, log_of, refused, same_state, start
+from conftest import call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start
 from torchvision.transforms import v2
 
 import finetune
@@ -465,18 +465,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit_with_all_that_is_r
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, image_folder):
     """SIGKILL at a moment nobody chose, images decoded and augmented by workers."""
-    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 6,
-                "--warmup-epochs", 1, "--log-every", 1, "--workers", 1, "--randaug", 10, "--eval-every", 10, *RANDOM)
-    whole, killed = launch("finetune", *settings, "--out", tmp_path / "whole"), launch("finetune", *settings, "--out", tmp_path / "killed")
-    while not (tmp_path / "killed" / "last.pt").exists():
-        time.sleep(0.01)
-    time.sleep(np.random.default_rng().uniform(0, 1))
-    os.kill(killed[0].pid, signal.SIGKILL)
-    killed[0].join()
-    finish(launch("finetune", *settings, "--out", tmp_path / "killed", "--resume"))
-    finish(whole)
-    same_state(tmp_path / "whole", tmp_path / "killed")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 24
+    settings = ("--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 10, "--epochs", 100,
+                "--warmup-epochs", 1, "--log-every", 1, "--workers", 1, "--randaug", 10, "--eval-every", 100, *RANDOM)
+    killed_and_resumed_equals_uninterrupted("finetune", settings, tmp_path)
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
