@@ -164,18 +164,22 @@ def bench_loader(args):
         transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip(),
         transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)])
 
+    def batches(crops):  # of 24 crops
+        return [range(len(paths))[first:first + 24 // crops] for first in range(0, len(paths), 24 // crops)]
+
     def pil(crops):
-        for first in range(0, len(paths), 25):
-            torch.stack([usual(Image.open(path).convert("RGB")) for path in paths[first:first + 25] for _ in range(crops)])
+        for some in batches(crops):
+            torch.stack([usual(Image.open(paths[i]).convert("RGB")) for i in some for _ in range(crops)])
 
     def ours(crops, normalise=True):
-        plan = [mae.Batch(0, first, 25, range(len(paths[first:first + 25])), 1.0) for first in range(0, len(paths), 25)]
+        plan = [mae.Batch(0, some.start, len(some), range(len(some)), 1.0) for some in batches(crops)]
         if normalise:
             for images in mae.crops_of(data, plan, settings, torch.device("cpu"), crops):
                 mae.normalize(images, settings)
         else:  # what a worker does: the GPU makes floats of the bytes and normalises them
-            for _ in torch.utils.data.DataLoader(mae.Crops(data, settings, crops, None), batch_size=25, sampler=range(len(paths))):
-                pass
+            cropper = mae.Crops(data, settings, crops, None)
+            for some in batches(crops):
+                cropper.__getitems__(some)
 
     with torch.no_grad():
         for crops, rounds in ((1, args.rounds), (4, max(2, args.rounds // 2))):

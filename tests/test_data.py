@@ -2,6 +2,7 @@
 import argparse
 import ast
 import math
+import random
 
 import numpy as np
 import pytest
@@ -181,8 +182,49 @@ def test_crops_from_disk_do_not_depend_on_workers_or_cut(image_folder, workers):
 def test_reading_crops_leaves_the_global_random_state_alone(image_folder):
     data = mae.open_data(arguments(data=str(image_folder)), train=True)
     before = torch.get_rng_state()
-    mae.Crops(data, arguments(), 1, None)[0]
+    mae.Crops(data, arguments(), 1, None).__getitems__([0])
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Given:
+    """Stands for random.Random: draws what it is told to."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+    def uniform(self, low, high):
+        return low + (high - low) * self.random()
+
+    def randint(self, low, high):
+        return low + int((high - low + 1) * self.random())
+
+
+@pytest.mark.parametrize("flip", [0.2, 0.7])
+def test_a_crop_from_disk_is_torchvisions_resized_crop(flip):
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cropper = mae.Crops(None, arguments(img_size=24, min_crop=0.2), 1, None)
+    ours = cropper.crop(image, Given(0.5, 0.5, 0.3, 0.9, flip))  # 0.6 of the area, square: 54 x 54, from (2, 24)
+    expected = v2.functional.resized_crop(image, 2, 24, 54, 54, [24, 24], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(ours, expected.flip(-1) if flip < 0.5 else expected)
+
+
+@pytest.mark.parametrize("height, width", [(40, 60), (20, 90)])
+def test_crops_from_disk_have_random_resized_crops_distribution(height, width):
+    """An image whose pixels say where they are: the mean of a crop is its place, the deviation its size."""
+    image = torch.stack([torch.arange(width).expand(height, width) * 2, torch.arange(height)[:, None].expand(height, width) * 2,
+                         torch.zeros(height, width)]).to(torch.uint8)
+    cropper, rng = mae.Crops(None, arguments(img_size=8, min_crop=0.08), 1, None), random.Random(0)
+    torch.manual_seed(0)
+    usual = v2.Compose([v2.RandomResizedCrop(8, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip()])
+    ours, theirs = (torch.stack([crop[:2].float() for crop in crops]) for crops in
+                    ([cropper.crop(image, rng) for _ in range(3000)], [usual(image) for _ in range(3000)]))
+    for measure in (lambda x: x.mean((2, 3)), lambda x: x.std((2, 3)), lambda x: x[:, :1, 0, 0] - x[:, :1, 0, -1]):
+        a, b = measure(ours), measure(theirs)
+        for moment in (torch.mean, torch.std):
+            assert ((moment(a, 0) - moment(b, 0)).abs() < 0.08 * b.std(0)).all()
 
 
 @pytest.mark.parametrize("size", [16, 32, 45])
