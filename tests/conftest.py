@@ -182,8 +182,8 @@ def killed_and_resumed_equals_uninterrupted(script, settings, folder):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     steps = torch.load(folder / "killed" / "last.pt", weights_only=True)["step"]
-    finish(launch(script, *settings, "--out", folder / "killed", "--resume", "--max-steps", 6))
-    finish(launch(script, *settings, "--out", folder / "whole", "--max-steps", steps + 6))
+    resumed = launch(script, *settings, "--out", folder / "killed", "--resume", "--max-steps", 6)
+    finish(resumed + launch(script, *settings, "--out", folder / "whole", "--max-steps", steps + 6))
     same_state(folder / "whole", folder / "killed")
     losses = [[line["loss"] for line in log_of(folder / name)] for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == steps + 6
@@ -191,6 +191,13 @@ def killed_and_resumed_equals_uninterrupted(script, settings, folder):
 
 def log_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for_lines(process, folder, count):
+    """Until a running script has logged so many lines."""
+    while not (Path(folder) / "log.jsonl").exists() or len(log_of(folder)) < count:
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.05)
 
 
 def same_state(a, b, tolerance=0.0):

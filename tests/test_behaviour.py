@@ -6,12 +6,11 @@ import errno
 import os
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start
+from conftest import ROOT, call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start, wait_for_lines
 
 import mae
 import vit
@@ -74,8 +73,7 @@ def test_stopped_and_resumed_in_the_middle_of_an_epoch_sees_no_image_twice(scrip
 
 def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
     process = start("mae.py", *TINY, "--epochs", 1000, "--out", tmp_path)
-    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 2:
-        time.sleep(0.05)
+    wait_for_lines(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     steps = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
@@ -86,8 +84,7 @@ def test_a_signal_to_the_whole_process_group_spares_the_workers_and_saves(tmp_pa
     """What torchrun, schedulers and Ctrl-C send."""
     process = start("mae.py", "--data", image_folder, "--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 12, "--epochs", 1000,
                     "--warmup-epochs", 1, "--log-every", 1, "--workers", 2, "--out", tmp_path, start_new_session=True)
-    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 2:
-        time.sleep(0.05)
+    wait_for_lines(process, tmp_path, 2)
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped, --resume continues" in out and (tmp_path / "last.pt").exists(), err

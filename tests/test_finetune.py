@@ -7,13 +7,12 @@ import math
 import os
 import re
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start
+from conftest import call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start, wait_for_lines
 from torchvision.transforms import v2
 
 import finetune
@@ -472,8 +471,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, image_fol
 
 def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
     process = start("finetune.py", *TINY, "--epochs", 1000, "--out", tmp_path)
-    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 2:
-        time.sleep(0.05)
+    wait_for_lines(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     steps = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
