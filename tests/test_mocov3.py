@@ -1,6 +1,9 @@
 """mocov3.py: the method against published numbers, its views against torchvision's, then its claims."""
+import errno
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -364,6 +367,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(finish
     monkeypatch.setattr(mocov3, "contrastive_loss", lambda *a: loss(*a) * math.nan)
     message = refused(capsys, mocov3, "--out", tmp_path / "run", *QUICK, "--log-every", 1, "--max-steps", 4, "--resume")
     assert "step 5" in message and "nan" in message and (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_sigterm_saves_what_there_is_and_the_run_goes_on_from_it(finished, tmp_path, monkeypatch, capsys):
+    make, made = mocov3.two_views, []
+
+    def signalled(*arguments):
+        made.append(make(*arguments))
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made[-1]
+    monkeypatch.setattr(mocov3, "two_views", signalled)
+    call(mocov3, "--out", tmp_path, *QUICK, "--log-every", 1)
+    assert "stopped, --resume continues: step 2 of" in capsys.readouterr().out
+    call(mocov3, "--out", tmp_path, *QUICK, "--log-every", 1, "--max-steps", 2, "--resume")
+    same_state(finished, tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before, save = (tmp_path / "run" / "last.pt").read_bytes(), torch.save
+
+    def full(state, path):
+        save(state, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    message = refused(capsys, mocov3, "--out", tmp_path / "run", *QUICK, "--max-steps", 1, "--resume")
+    assert "last.pt: cannot be written, disk full?" in message and (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("arguments, words", [
