@@ -439,7 +439,7 @@ def draw_cka(figure, models, cka):
     lines.set(xlabel="layer", ylabel=f"CKA with {first}'s same layer" if n > 1 else "CKA", xticks=range(0, max(depths), 2),
               ylim=(min(0, np.nan_to_num(similarity).min()), 1.03))
     lines.set_box_aspect(1 if n < 4 else None)
-    lines.legend(fontsize=8, handlelength=1.5, framealpha=0.6)
+    lines.legend(fontsize=8, handlelength=1.5, framealpha=0.6, loc="lower left", ncols=6)
 
 
 def draw_fourier(figure, models, fourier):
