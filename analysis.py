@@ -343,7 +343,9 @@ def named_data(args, train):
                      (part._samples if args.data == "cars" else
                       zip(part._images if args.data == "pets" else part._image_files, part._labels))]
             classes = list(parts[0].classes) if hasattr(parts[0], "classes") else sorted({label for _, label in pairs})
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
+        if "scipy" in str(error).lower():
+            raise BadInput(f"--data {args.data}: torchvision reads its labels with SciPy: pip install scipy") from None
         by_hand = {"cars": "its server is gone: put stanford_cars/ as torchvision lays it out",
                    "inat2018": "put train2018.json, val2018.json and train_val2018/ (github.com/visipedia/inat_comp) into inat2018/"}
         raise BadInput(f"--data {args.data}: not in --root {root} ({by_hand.get(args.data, '--download fetches it')}): "

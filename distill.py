@@ -357,7 +357,9 @@ def named_data(args, train):
                      (part._samples if args.data == "cars" else
                       zip(part._images if args.data == "pets" else part._image_files, part._labels))]
             classes = list(parts[0].classes) if hasattr(parts[0], "classes") else sorted({label for _, label in pairs})
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
+        if "scipy" in str(error).lower():
+            raise BadInput(f"--data {args.data}: torchvision reads its labels with SciPy: pip install scipy") from None
         by_hand = {"cars": "its server is gone: put stanford_cars/ as torchvision lays it out",
                    "inat2018": "put train2018.json, val2018.json and train_val2018/ (github.com/visipedia/inat_comp) into inat2018/"}
         raise BadInput(f"--data {args.data}: not in --root {root} ({by_hand.get(args.data, '--download fetches it')}): "
@@ -766,7 +768,9 @@ PRESETS = {  # the defaults, chosen by the data: toy shapes, small images, folde
 
 
 def build(args):
-    """The autoencoder that the arguments describe."""
+    """The autoencoder that the arguments describe. BadInput."""
+    if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
+        raise BadInput(f"--decoder-dim {args.decoder_dim} must be divisible by 4 and by --decoder-heads {args.decoder_heads}")
     encoder = vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size, global_pool="token")
     return MaskedAutoencoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.norm_pix_loss,
                              [block - 1 for block in args.distill_blocks], args.teacher_heads)
@@ -922,7 +926,8 @@ def train(args):
 def reconstruct(args):
     """Draws a checkpoint's reconstructions of held-out images, without training; this project's or a published MAE file."""
     try:
-        checkpoint = torch.load(args.reconstruct, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their settings in one
+            checkpoint = torch.load(args.reconstruct, map_location="cpu", weights_only=True)
         state = checkpoint["model"]
     except Exception as error:  # torch.load fails in many ways on what is not a checkpoint
         raise BadInput(f"--reconstruct {args.reconstruct}: not a checkpoint ({str(error).splitlines()[0]})") from None

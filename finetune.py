@@ -199,7 +199,7 @@ def on_every_image(function, data, args, rank, world, device):
     rows = list(range(rank, len(data), world))
     chunks = [rows[i:i + 256] for i in range(0, len(rows), 256)]
     loader = torch.utils.data.DataLoader(CentreCrops(data, args, chunks), batch_size=None, pin_memory=device.type == "cuda",
-                                         num_workers=args.workers if data.pixels is None else 0)
+                                         num_workers=args.workers if data.pixels is None else 0, worker_init_fn=leave_group)
     outputs = function(torch.zeros(1, 3, args.img_size, args.img_size, device=device))  # its shape and type
     outputs = outputs.new_zeros(len(data), *outputs.shape[1:])
     for chunk, images in zip(chunks, loader):
@@ -439,7 +439,9 @@ def named_data(args, train):
                      (part._samples if args.data == "cars" else
                       zip(part._images if args.data == "pets" else part._image_files, part._labels))]
             classes = list(parts[0].classes) if hasattr(parts[0], "classes") else sorted({label for _, label in pairs})
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
+        if "scipy" in str(error).lower():
+            raise BadInput(f"--data {args.data}: torchvision reads its labels with SciPy: pip install scipy") from None
         by_hand = {"cars": "its server is gone: put stanford_cars/ as torchvision lays it out",
                    "inat2018": "put train2018.json, val2018.json and train_val2018/ (github.com/visipedia/inat_comp) into inat2018/"}
         raise BadInput(f"--data {args.data}: not in --root {root} ({by_hand.get(args.data, '--download fetches it')}): "
@@ -890,9 +892,12 @@ def choose(args, kind):
 
 def build(args, num_classes, rank):
     """The network that the arguments describe, with the weights of `--init`; says what was loaded. BadInput, WeightsError."""
-    model = vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size, num_heads=args.num_heads,
-                                 num_classes=num_classes if args.mode == "finetune" else 0, global_pool=args.pool,
-                                 drop_path=args.drop_path)
+    try:
+        model = vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size, num_heads=args.num_heads,
+                                     num_classes=num_classes if args.mode == "finetune" else 0, global_pool=args.pool,
+                                     drop_path=args.drop_path)
+    except ValueError as error:
+        raise BadInput(f"--num-heads {args.num_heads}: {error}") from None
     if args.mode == "finetune":
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # as MAE: the first loss is the logarithm of the number of classes
     if args.mode == "linear" and args.eval_only:            # a trained probe; a new one never takes a projector's tensors
@@ -1089,7 +1094,7 @@ def throughput(args):
         model.compile(dynamic=False)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     times = []
-    while len(times) < 4 or sum(times) < 3:
+    while len(times) < 4 or sum(times[2:]) < 3:
         began = time.perf_counter()
         with mixed_precision(args, device):
             model(images)

@@ -5,7 +5,8 @@
     python tests/bench.py mae --batch-size 256 --compile # on a GPU: bf16 by default
 
 Parts: loader (decode, crop, flip, normalise), memory (what data in memory costs of a step), mae (the model alone), end (a whole
-run of mae.py), distill (what the teacher costs), and what bench_finetune.py, bench_mocov3.py, bench_analysis.py measure. On a shared machine look at the ratios: rounds of the two ways alternate, the ratio is the median over rounds.
+run of mae.py), distill (what the teacher costs), and what bench_finetune.py, bench_mocov3.py, bench_analysis.py measure. On a shared machine look
+at the ratios: here and in distill rounds of the ways alternate, the ratio is the median over rounds; the others run one way after the other.
 """
 import argparse
 import importlib

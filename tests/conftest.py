@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything is compared on the CPU
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -168,14 +170,18 @@ def launch(script, *arguments, ranks=1, break_at_step=None, errors=None):
 def finish(processes, code=0):
     for process in processes:
         process.join(120)
-        assert process.exitcode == code, f"exit {process.exitcode}, expected {code}"
+    codes = [process.exitcode for process in processes]
+    for process in processes:  # one that hangs would keep pytest from ending
+        process.kill()
+    assert codes == [code] * len(processes), f"exit codes {codes}, expected {code}"
 
 
 def killed_and_resumed_equals_uninterrupted(script, settings, folder):
     """SIGKILL at a moment nobody chose, of a run too long to have ended before; then a few steps more, against as many in one go."""
     process, = launch(script, *settings, "--out", folder / "killed")
+    deadline = time.monotonic() + 120
     while not (folder / "killed" / "last.pt").exists():
-        assert process.is_alive()
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(np.random.default_rng().uniform(0, 0.2))
     process.kill()
@@ -195,8 +201,9 @@ def log_of(folder):
 
 def wait_for_lines(process, folder, count):
     """Until a running script has logged so many lines."""
+    deadline = time.monotonic() + 120
     while not (Path(folder) / "log.jsonl").exists() or len(log_of(folder)) < count:
-        assert process.poll() is None, "it ended too early"
+        assert process.poll() is None and time.monotonic() < deadline, "it ended too early, or never began"
         time.sleep(0.05)
 
 
@@ -225,7 +232,7 @@ def flatten(tree, name=""):
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """JPEGs of three classes, 12 for training and 6 for validation each, 48 x 40 to 80 x 72 pixels."""
+    """JPEGs of three classes, 12 for training and 6 for validation each, 66 x 66 to 79 x 71 pixels: read from disk, not kept."""
     from PIL import Image
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):

@@ -116,6 +116,14 @@ def test_a_named_set_that_is_not_there_says_how_to_get_it(name, tmp_path):
         mae.open_data(arguments(data=name, root=str(tmp_path)), train=True)
 
 
+def test_a_set_whose_labels_need_another_package_names_it(tmp_path, monkeypatch):
+    def absent(*arguments, **options):
+        raise ModuleNotFoundError("No module named 'scipy'")
+    monkeypatch.setattr(mae.torchvision.datasets, "Flowers102", absent)
+    with pytest.raises(mae.BadInput, match="--data flowers102: .* pip install scipy"):
+        mae.open_data(arguments(data="flowers102", root=str(tmp_path)), train=True)
+
+
 def test_inat2018_uses_the_challenges_split(tmp_path):
     import json
     folder = tmp_path / "inat2018"

@@ -492,6 +492,7 @@ def test_mixed_precision_trains(tmp_path):
     (("--init", "nothing.pt"), "nothing.pt: cannot be opened (No such file or directory)"),
     (("--keep-blocks", 3), "--keep-blocks: needs --init CHECKPOINT"),
     (("--eval-only",), "--eval-only: needs --init CHECKPOINT"),
+    (("--num-heads", 5), "--num-heads 5: width 96 is not divisible by 5 heads"),
     (("--layer-decay", 0), "--layer-decay 0.0 must be above 0, at most 1"),
     (("--drop-path", 1), "--drop-path 1.0 must be at least 0, below 1"),
     (("--mode", "linear", "--accum", 2), "--accum: a linear probe's BatchNorm sees the whole batch"),
@@ -543,5 +544,6 @@ def test_a_label_file_of_the_wrong_length_is_named(tmp_path, image_folder, capsy
 def test_a_nan_stops_all_ranks_before_the_update(tmp_path):
     call(finetune, *TINY, "--max-steps", 4, "--out", tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    finish(launch("finetune", *TINY, "--out", tmp_path, "--resume", ranks=2, break_at_step=6), code=2)
+    finish(launch("finetune", *TINY, "--out", tmp_path, "--resume", ranks=2, break_at_step=6, errors=tmp_path / "errors"), code=2)
+    assert (tmp_path / "errors").read_text().count("error: step 7: the loss is nan") == 2
     assert (tmp_path / "last.pt").read_bytes() == before

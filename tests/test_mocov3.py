@@ -369,6 +369,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(finish
     assert "step 5" in message and "nan" in message and (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_compiling_does_not_start_anew_for_every_momentum():
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    model = mocov3.MoCoV3(lambda **pool: vit.vit_toy(img_size=16, patch_size=8, depth=1, **pool), dim=16, mlp_dim=32)
+    model.compile(backend=counter)
+    for step in range(12):
+        model(torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), 0.99 + 0.0005 * step)
+    assert counter.frame_count <= 2
+
+
 def test_a_sigterm_saves_what_there_is_and_the_run_goes_on_from_it(finished, tmp_path, monkeypatch, capsys):
     make, made = mocov3.two_views, []
 
