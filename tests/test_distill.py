@@ -135,10 +135,10 @@ TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 2, "--warmup-epochs"
 
 def test_distill_runs_from_the_command_line_and_both_losses_fall(tmp_path):
     teacher = save_teacher(tmp_path / "teacher.pt")
-    out = run("distill.py", "--teacher", teacher, "--fraction", 0.05, "--epochs", 3, "--batch-size", 16, "--base-lr", 0.012, "--out",
-              tmp_path / "out")
+    out = run("distill.py", "--teacher", teacher, "--fraction", 0.05, "--epochs", 30, "--max-steps", 78, "--batch-size", 16, "--base-lr", 0.012,
+              "--out", tmp_path / "out")
     log = log_of(tmp_path / "out")
-    assert "done: step 78 of 78" in out and {"loss", "attention"} < log[0].keys()
+    assert "stopped, --resume continues: step 78 of 780" in out and {"loss", "attention"} < log[0].keys()
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["attention"] < 0.5 * log[0]["attention"]
     for name in ("loss.png", "attention.png", "reconstruction.png"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
