@@ -230,7 +230,7 @@ def draw_curve(folder, title):
 def draw_attention(path, teacher, students, image, args):
     """Where the class token looks in an image `(1, 3, S, S)`, head by head: the teacher, and students `{name: model}` through M."""
     noise, side = torch.rand(1, teacher.encoder.grid ** 2, device=image.device), teacher.encoder.grid
-    scores = {"teacher": teacher.forward(image, 0, noise)[-1]}                                 # nothing removed: (1, h, N, N), in noise's order
+    scores = {"teacher": teacher.forward(image, 0, noise)[-1]}                         # nothing removed: (1, h, N, N), in noise's order
     for name, model in students.items():
         kept, _, restore = random_masking(model.encoder.embed(image), 0, noise)
         _, extras = model.encoder.encode(kept, attention=model.blocks[-1:])
@@ -713,8 +713,9 @@ def resolve(args, preset, data, rank, world):
     args.amp = args.amp or ("bf16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "off")
     args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
     for name in ("accum", "epochs", "log_every", "img_size", "patch_size", "crops_per_image", "eval_every", "max_steps"):
-        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, None) == 0:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value} must be at least 1")
     if args.img_size % args.patch_size:
         raise BadInput(f"--patch-size {args.patch_size} does not divide --img-size {args.img_size}")
     parts = world * args.accum * getattr(args, "crops_per_image", 1)

@@ -855,8 +855,9 @@ def resolve(args, preset, data, rank, world):
     args.amp = args.amp or ("bf16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "off")
     args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
     for name in ("accum", "epochs", "log_every", "img_size", "patch_size", "crops_per_image", "eval_every", "max_steps"):
-        if (getattr(args, name, None) or 1) < 1 or getattr(args, name, None) == 0:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value} must be at least 1")
     if args.img_size % args.patch_size:
         raise BadInput(f"--patch-size {args.patch_size} does not divide --img-size {args.img_size}")
     parts = world * args.accum * getattr(args, "crops_per_image", 1)

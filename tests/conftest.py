@@ -4,6 +4,7 @@
 by formula: `fill` and `images` below are those formulas. Agreement: 1e-6 relative in float64, 1e-4 in float32.
 """
 import ast
+import errno
 import functools
 import importlib
 import json
@@ -176,6 +177,16 @@ def finish(processes, code=0):
     assert codes == [code] * len(processes), f"exit codes {codes}, expected {code}"
 
 
+def fill_disk(monkeypatch):
+    """From now on checkpoints are written and then found not to have fitted."""
+    save = torch.save
+
+    def full(state, path):
+        save(state, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+
+
 def killed_and_resumed_equals_uninterrupted(script, settings, folder):
     """SIGKILL at a moment nobody chose, of a run too long to have ended before; then a few steps more, against as many in one go."""
     process, = launch(script, *settings, "--out", folder / "killed")
@@ -191,12 +202,15 @@ def killed_and_resumed_equals_uninterrupted(script, settings, folder):
     resumed = launch(script, *settings, "--out", folder / "killed", "--resume", "--max-steps", 6)
     finish(resumed + launch(script, *settings, "--out", folder / "whole", "--max-steps", steps + 6))
     same_state(folder / "whole", folder / "killed")
-    losses = [[line["loss"] for line in log_of(folder / name)] for name in ("whole", "killed")]
-    assert losses[0] == losses[1] and len(losses[0]) == steps + 6
+    assert losses(folder / "whole") == losses(folder / "killed") and len(losses(folder / "whole")) == steps + 6
 
 
 def log_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [entry["loss"] for entry in log_of(folder)]
 
 
 def wait_for_lines(process, folder, count):

@@ -2,7 +2,6 @@
 
 Tested on mae.py and, where the training loop has a part in it, on the other pre-training scripts; finetune.py has its own.
 """
-import errno
 import os
 import shutil
 import signal
@@ -10,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start, wait_for_lines
+from conftest import ROOT, call, fill_disk, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, losses, refused, same_state, start, wait_for_lines
 
 import mae
 import vit
@@ -26,10 +25,6 @@ def no_pictures(monkeypatch):
     for script in SCRIPTS:
         for name in ("draw_reconstructions", "draw_curve", "draw_attention"):
             monkeypatch.setattr(__import__(script), name, lambda *a, **kw: None, raising=False)
-
-
-def losses(folder):
-    return [entry["loss"] for entry in log_of(folder)]
 
 
 # ------------------------------------------------------------------------------------------------ exactness
@@ -202,12 +197,8 @@ def test_reconstructing_with_the_wrong_decoder_is_refused(tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     call(mae, *TINY, "--max-steps", 4, "--out", tmp_path)
-    before, save = (tmp_path / "last.pt").read_bytes(), torch.save
-
-    def full(state, path):
-        save(state, path)
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
+    before = (tmp_path / "last.pt").read_bytes()
+    fill_disk(monkeypatch)
     message = refused(capsys, mae, *TINY, "--resume", "--out", tmp_path)
     assert "last.pt: cannot be written, disk full? ([Errno 28] No space left on device)" in message
     assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "last.pt.tmp").exists()

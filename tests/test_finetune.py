@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, refused, same_state, start, wait_for_lines
+from conftest import call, finish, killed_and_resumed_equals_uninterrupted, launch, log_of, losses, refused, same_state, start, wait_for_lines
 from torchvision.transforms import v2
 
 import finetune
@@ -34,10 +34,6 @@ def drawn_once(monkeypatch):
 
 def weights(folder, name="last.pt"):
     return torch.load(folder / name, weights_only=True)["model"]
-
-
-def losses(folder):
-    return [entry["loss"] for entry in log_of(folder)]
 
 
 # ------------------------------------------------------------------------------------------------ layer-wise decay

@@ -1,5 +1,4 @@
 """mocov3.py: the method against published numbers, its views against torchvision's, then its claims."""
-import errno
 import math
 import os
 import shutil
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2.functional as tv
-from conftest import FORKS, GOLDENS, SIZES, agrees, call, fill, finish, images, launch, log_of, refused, same_state
+from conftest import FORKS, GOLDENS, SIZES, agrees, call, fill, fill_disk, finish, images, launch, log_of, refused, same_state
 from torch.nn.parallel import DistributedDataParallel
 
 import mocov3
@@ -396,12 +395,8 @@ def test_a_sigterm_saves_what_there_is_and_the_run_goes_on_from_it(finished, tmp
 
 def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    before, save = (tmp_path / "run" / "last.pt").read_bytes(), torch.save
-
-    def full(state, path):
-        save(state, path)
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    fill_disk(monkeypatch)
     message = refused(capsys, mocov3, "--out", tmp_path / "run", *QUICK, "--max-steps", 1, "--resume")
     assert "last.pt: cannot be written, disk full?" in message and (tmp_path / "run" / "last.pt").read_bytes() == before
 
