@@ -1,20 +1,20 @@
 """Speed and memory, each against the plain way of doing it, in one run.
 
-    python tests/bench.py                                # all parts, on generated photographs
-    python tests/bench.py loader mae --data DIR          # some parts, on the JPEGs under DIR
-    python tests/bench.py mae --batch-size 256 --compile # on a GPU: bf16 by default
+    python tests/bench.py                                   # all parts, on generated photographs
+    python tests/bench.py load end --data DIR               # some parts, on the JPEGs below DIR
+    python tests/bench.py mae finetune --batch-size 256 --compile    # on a GPU: bf16
+    python tests/bench.py throughput --arch tiny --batch-size 1024   # Table 2's columns
 
-Parts: loader (decode, crop, flip, normalise), memory (what data in memory costs of a step), mae (the model alone), end (a whole
-run of mae.py), distill (what the teacher costs), and what bench_finetune.py, bench_mocov3.py, bench_analysis.py measure. On a shared machine look
-at the ratios: here and in distill rounds of the ways alternate, the ratio is the median over rounds; the others run one way after the other.
+Parts: load (decode, crop, flip, per core), views (MoCo-v3's two views, per core), toy (what loading costs of a toy
+step), mae, finetune, mocov3, distill (training steps of the network alone), end (a run of mae.py against its network
+alone), cka (layer similarity), throughput. Machines are noisy: rounds of the ways alternate, and the ratio is the
+median over rounds.
 """
 import argparse
-import importlib
-import io
+import functools
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,10 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import mae  # noqa: E402
 import vit  # noqa: E402
@@ -35,80 +38,75 @@ import vit  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------ measuring
 
-def alternate(ways, rounds, synchronise=lambda: None, clock=time.perf_counter):
-    """`ways {name: function}` in turn, after one warm-up each; the seconds of every round, `{name: [seconds]}`."""
-    seconds = {name: [] for name in ways}
+def alternate(ways, rounds, clock=time.perf_counter):
+    """`{name: function}` in turn, after one warm-up each: `{name: [seconds]}`."""
+    def wait():
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
     for way in ways.values():
         way()
+    seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            synchronise()
+            wait()
             began = clock()
             way()
-            synchronise()
+            wait()
             seconds[name].append(clock() - began)
     return seconds
 
 
-def table(title, count, unit, seconds, **columns):
-    """Prints a row per way: `count` units a second, the ratio to the first way (median over rounds), further columns."""
-    print(f"\n{title}")
-    print(f"  {'':34}{unit + '/s':>12}{'ratio':>8}" + "".join(f"{name:>14}" for name in columns))
+def report(title, count, unit, seconds, memory=()):
+    """A row per way: `count` units a second, the ratio to the first way (median over rounds), peak memory."""
+    print(f"\n{title}\n  {'':36}{unit + '/s':>12}{'ratio':>8}{'peak GB' * bool(memory):>10}")
     plain = next(iter(seconds.values()))
-    for name, times in seconds.items():
+    for i, (name, times) in enumerate(seconds.items()):
         ratio = statistics.median(a / b for a, b in zip(plain, times))
-        print(f"  {name:34}{count / statistics.median(times):12.1f}{ratio:8.2f}"
-              + "".join(f"{column.get(name, ''):>14}" for column in columns.values()), flush=True)
+        peak = f"{memory[i]:.2f}" if memory else ""
+        print(f"  {name:36}{count / statistics.median(times):12.1f}{ratio:8.2f}{peak:>10}", flush=True)
 
 
-def peak_memory(function, *arguments):
-    """Peak memory in GB of a function that runs in a process of its own: on the GPU what it allocates, else resident memory."""
+def peak_memory(function):
+    """Peak memory in GB of a picklable function, in a process of its own; of a GPU what it allocates."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(report_memory, (function, *arguments))
+        return pool.apply(memory_of, (function,))
 
 
-def report_memory(function, *arguments):
-    function(*arguments)
+def memory_of(function):
+    function()
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count what the parent held before this process was made
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    status = Path("/proc/self/status")    # Linux
+    lines = status.read_text().splitlines() if status.exists() else ["VmHWM: nan"]
+    return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2 ** 20
 
 
-def best_matmul(dtype):
-    """The highest FLOP/s that a big matrix product reaches here: what MFU is measured against."""
-    a = torch.randn(*[8192 if DEVICE.type == "cuda" else 2048] * 2, device=DEVICE, dtype=dtype)
-    times = alternate({"": lambda: a @ a}, 10, torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None)[""]
-    return 2 * len(a) ** 3 / min(times)
+# ------------------------------------------------------------ training steps of the network alone
 
-
-# ------------------------------------------------------------------------------------------------ the plain way
-
-def explicit_attention(self, x, return_scores=False):
+def explicit_attention(self, x):
     """Attention as textbooks write it: the scores and their softmax exist in memory."""
-    B, N, D = x.shape
-    q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-    attention = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1)
-    return self.proj((attention @ v).transpose(1, 2).reshape(B, N, D)), None
+    _, _, v = self.heads(x)
+    return self.proj((self.scores(x).softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
-def training_step(model, loss_of, plain, compile=False, amp=torch.bfloat16):
-    """A function that trains one step: the project's way, or eager with explicit attention and unfused AdamW."""
+def training_step(make, batch_size, plain=False, compiled=False):
+    """A function that trains one step: as the scripts do, or with explicit attention and unfused AdamW."""
+    torch.manual_seed(0)
+    model, loss_of = make(batch_size)
+    kernels = {"fused": True}
     if plain:
+        kernels = {"foreach": False, "fused": False}
         for module in model.modules():
             if isinstance(module, vit.Attention):
                 module.forward = explicit_attention.__get__(module)
-    elif compile:
+    elif compiled:
         model.compile()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, **({"foreach": False, "fused": False} if plain else {"fused": True}))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **kernels)
 
     def step():
-        with torch.autocast(DEVICE.type, amp, enabled=DEVICE.type == "cuda"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss = loss_of(model)
         loss.backward()
         optimizer.step()
@@ -116,156 +114,213 @@ def training_step(model, loss_of, plain, compile=False, amp=torch.bfloat16):
     return step
 
 
-def compare_training(title, make, batch_size, args, rounds):
-    """Model only, plain against the project's way: `make() -> (model, loss_of)`, picklable."""
-    ways = {"plain: eager, explicit, unfused": training_step(*make(batch_size), plain=True),
-            "here" + (", compiled" if args.compile else ""): training_step(*make(batch_size), plain=False, compile=args.compile)}
-    model, loss_of = make(batch_size)
-    with FlopCounterMode(display=False) as counter:
-        loss_of(model).backward()
-    peak = best_matmul(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
-    seconds = alternate(ways, rounds, torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None)
-    mfu = {name: f"{counter.get_total_flops() / statistics.median(times) / peak:.0%}" for name, times in seconds.items()}
-    memory = {name: f"{peak_memory(few_steps, make, batch_size, i == 0, args.compile):.2f}" for i, name in enumerate(ways)}
-    table(f"{title}, batch {batch_size}, {DEVICE.type}, {'bf16' if DEVICE.type == 'cuda' else 'float32'}; MFU against "
-          f"{peak / 1e12:.2f} TFLOP/s of a big matrix product here", batch_size, "images", seconds, MFU=mfu, **{"peak GB": memory})
+def two_steps(make, batch_size, plain, compiled):
+    step = training_step(make, batch_size, plain, compiled)
+    step()
+    step()
 
 
-def few_steps(make, batch_size, plain, compile):
-    step = training_step(*make(batch_size), plain=plain, compile=compile and not plain)
-    for _ in range(2):
-        step()
+def noise_images(batch_size, size=224):
+    return torch.randn(batch_size, 3, size, size, device=DEVICE)
 
 
-# ------------------------------------------------------------------------------------------------ the parts
-
-def photographs(args):
-    """Paths of the JPEGs under --data, or of 64 generated ones of 500 x 375 pixels."""
-    if args.data:
-        return sorted(str(path) for path in Path(args.data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    from PIL import Image
-    rng, folder = np.random.default_rng(0), Path(tempfile.mkdtemp())
-    for i in range(64):
-        coarse = Image.fromarray(rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
-        fine = np.asarray(coarse).astype(int) + rng.integers(-12, 12, (375, 500, 1))
-        Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
-    return sorted(map(str, folder.glob("*.jpg")))
-
-
-def bench_loader(args):
-    """Per core, in processor time: images from disk to normalised 224 px crops."""
-    from PIL import Image
-    from torchvision import transforms
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    paths = photographs(args)[:100]
-    settings = argparse.Namespace(img_size=224, min_crop=0.08, seed=0, workers=0, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    data = mae.Data(np.array([os.fsencode(path) for path in paths]), None, None, [])
-    usual = transforms.Compose([
-        transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)])
-
-    def batches(crops):  # of 24 crops
-        return [range(len(paths))[first:first + 24 // crops] for first in range(0, len(paths), 24 // crops)]
-
-    def pil(crops):
-        for some in batches(crops):
-            torch.stack([usual(Image.open(paths[i]).convert("RGB")) for i in some for _ in range(crops)])
-
-    def ours(crops, normalise=True):
-        plan = [mae.Batch(0, some.start, len(some), range(len(some)), 1.0) for some in batches(crops)]
-        if normalise:
-            for images in mae.crops_of(data, plan, settings, torch.device("cpu"), crops):
-                mae.normalize(images, settings)
-        else:  # what a worker does: the GPU makes floats of the bytes and normalises them
-            cropper = mae.Crops(data, settings, crops, None)
-            for some in batches(crops):
-                cropper.__getitems__(some)
-
-    with torch.no_grad():
-        for crops, rounds in ((1, args.rounds), (4, max(2, args.rounds // 2))):
-            seconds = alternate({"plain: PIL, one decoding a crop": lambda: pil(crops), "here": lambda: ours(crops),
-                                 "here, normalised on a GPU": lambda: ours(crops, normalise=False)}, rounds, clock=time.process_time)
-            table(f"Loading, one core, {len(paths)} JPEGs, {crops} crops each", crops * len(paths), "crops", seconds)
-    torch.set_num_threads(threads)
-
-
-def toy_mae(batch_size, arch="toy", img_size=32, patch_size=4):
-    model = mae.MaskedAutoencoder(vit.ARCHS[arch](img_size=img_size, patch_size=patch_size, global_pool="token")).to(DEVICE)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=DEVICE)
+def mae_tiny(batch_size, arch="tiny", img_size=224, patch_size=16):
+    model = mae.MaskedAutoencoder(vit.ARCHS[arch](img_size=img_size, patch_size=patch_size)).to(DEVICE)
+    images = noise_images(batch_size, img_size)
     return model, lambda network: network(images)[0]
 
 
-def tiny_mae(batch_size):
-    return toy_mae(batch_size, "tiny", 224, 16)
+def classifier_tiny(batch_size):
+    images = noise_images(batch_size)
+    targets = torch.rand(batch_size, 1000, device=DEVICE).softmax(1)    # soft, as after mixup
+    return vit.vit_tiny(num_classes=1000).to(DEVICE), lambda network: F.cross_entropy(network(images).float(), targets)
 
 
-def bench_memory(args):
-    """What cropping and normalising images held in memory costs of a training step."""
-    settings = argparse.Namespace(img_size=32, min_crop=0.2, seed=0, workers=0, mean=[0.5] * 3, std=[0.25] * 3)
-    data = mae.Data(None, vit.toy_shapes(8192)[0], None, [])
-    plan = (mae.batches_of(step, 8192, 128, 1, 0, 1)[0] for step in range(10 ** 6))
-    crops = mae.crops_of(data, plan, settings, DEVICE)
-    step = training_step(*toy_mae(128), plain=False)
-    seconds = alternate({"a step of MAE, toy preset": step, "its crops": lambda: mae.normalize(next(crops), settings)}, 10 * args.rounds,
-                        torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None)
-    share = statistics.median(b / a for a, b in zip(*seconds.values()))
-    table(f"Data in memory, batch 128: loading takes {share:.1%} of a step", 128, "images", seconds)
+def moco_tiny(batch_size):
+    import mocov3
+    images = noise_images(batch_size)
+    return mocov3.MoCoV3(vit.vit_tiny).to(DEVICE), lambda network: network(images, images.flip(-1), 0.99)
 
 
-def bench_mae(args):
-    """MAE-Tiny at 224 px, the model alone."""
-    batch_size = args.batch_size or (1024 if DEVICE.type == "cuda" else 32)
-    compare_training("MAE, ViT-Tiny, 224 px, model only", tiny_mae, batch_size, args, args.rounds)
+def distilled_tiny(batch_size, blocks=(11,)):
+    import distill
+    student = distill.MaskedAutoencoder(vit.vit_tiny(), blocks=blocks).to(DEVICE)
+    teacher = distill.Teacher(vit.vit_base().to(DEVICE), blocks)
+    images = noise_images(batch_size)
+
+    def loss_of(network):
+        noise = torch.rand(batch_size, 196, device=DEVICE)
+        loss, _, _, attention_loss = network(images, 0.75, noise, teacher(images, 0.75, noise))
+        return loss + attention_loss
+    return student, loss_of
 
 
-def bench_end(args):
-    """Ten steps of mae.py as users start it, from JPEGs, against the model alone."""
-    paths, batch_size = photographs(args), args.batch_size or (256 if DEVICE.type == "cuda" else 32)
-    step = training_step(*tiny_mae(batch_size), plain=False, compile=args.compile)
-    model_only = alternate({"": step}, args.rounds, torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None)[""]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "images").mkdir()
-        for i in range(10 * batch_size):  # the same files several times
-            os.symlink(os.path.abspath(paths[i % len(paths)]), Path(folder) / "images" / f"{i}.jpg")
-        output, sys.stdout = sys.stdout, io.StringIO()
-        try:
-            mae.main(["--data", f"{folder}/images", "--out", f"{folder}/out", "--batch-size", str(batch_size), "--max-steps", "10",
-                      "--log-every", "5", *(["--compile"] if args.compile else [])])
-        finally:
-            sys.stdout = output
-        log = [line for line in (Path(folder) / "out" / "log.jsonl").read_text().splitlines()]
-    last = json.loads(log[-1])
-    print(f"\nEnd to end, mae.py, ViT-Tiny, 224 px, batch {batch_size}: {last['images_per_s']:.1f} images/s, "
-          f"{last['data_wait']:.1%} of the time waiting for data; the model alone {batch_size / statistics.median(model_only):.1f} images/s")
+def compare(title, ways, args, default):
+    """`ways {name: (make, plain)}`, one training step each."""
+    batch_size = args.batch_size or (default if DEVICE.type == "cpu" else 256)
+    steps = {name: training_step(make, batch_size, plain, args.compile) for name, (make, plain) in ways.items()}
+    seconds = alternate(steps, args.rounds)
+    memory = [peak_memory(functools.partial(two_steps, make, batch_size, plain, args.compile)) for make, plain in ways.values()]
+    report(f"{title}, 224 px, batch {batch_size}, network alone", batch_size, "images", seconds, memory)
 
 
-PARTS = {"loader": bench_loader, "memory": bench_memory, "mae": bench_mae, "end": bench_end}
-OTHERS = {"finetune": ("batch_size", "compile"), "mocov3": ("data", "batch_size"), "distill": None, "analysis": ()}
+def part_mae(args):
+    compare("MAE, ViT-Tiny", {"plain: explicit, unfused": (mae_tiny, True), "here": (mae_tiny, False)}, args, 32)
+
+
+def part_finetune(args):
+    ways = {"plain: explicit, unfused": (classifier_tiny, True), "here": (classifier_tiny, False)}
+    compare("Fine-tuning, ViT-Tiny", ways, args, 16)
+
+
+def part_mocov3(args):
+    compare("MoCo-v3, ViT-Tiny", {"plain: explicit, unfused": (moco_tiny, True), "here": (moco_tiny, False)}, args, 8)
+
+
+def part_distill(args):
+    every = functools.partial(distilled_tiny, blocks=tuple(range(12)))
+    ways = {"MAE without a teacher": (mae_tiny, False), "ViT-Base teaches the last block": (distilled_tiny, False),
+            "ViT-Base teaches all blocks": (every, False)}
+    compare("Distillation of ViT-Tiny", ways, args, 16)
+
+
+# ------------------------------------------------------------ loading
+
+def photographs(args):
+    """A folder of JPEGs: --data, or 64 generated ones of 500 x 375 pixels."""
+    if args.data:
+        return args.data
+    rng, folder = np.random.default_rng(0), tempfile.mkdtemp()
+    for i in range(64):
+        coarse = Image.fromarray(rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+        fine = np.asarray(coarse).astype(int) + rng.integers(-12, 12, (375, 500, 1))
+        Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i}.jpg", quality=90)
+    return folder
+
+
+def per_core(title, args, usual, transform, crops):
+    """Random views of photographs in processor time of one core: torchvision's usual pipeline on PIL, and here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = mae.parse(["--data", photographs(args), "--crops-per-image", str(crops)], {**mae.SETTINGS, **mae.TRAINING}, out="")
+    data = mae.open_data(settings, train=True)
+    paths = [path for path, _ in data.samples][:100]
+    stream = mae.Stream(len(paths), 0, functools.partial(mae.make_sample, data, transform, settings))
+    ways = {"plain: PIL, one decoding a crop": lambda: [usual(Image.open(p).convert("RGB")) for p in paths for _ in range(crops)],
+            "here": lambda: [stream[v] for v in range(len(paths))]}
+    seconds = alternate(ways, args.rounds, clock=time.process_time)
+    report(f"{title}, {crops} a decoded image, {len(paths)} JPEGs", crops * len(paths), "crops", seconds)
+    torch.set_num_threads(threads)
+
+
+def part_load(args):
+    usual = transforms.Compose([
+        transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    here = v2.Compose([v2.RandomResizedCrop(224, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
+    for crops in (1, 4):
+        per_core("Loading, one core", args, usual, here, crops)
+
+
+def part_views(args):
+    def views(kit, last):
+        jitter = kit.RandomApply([kit.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
+        blur = kit.GaussianBlur(23, (0.1, 2.0))
+        return kit.Compose([kit.RandomResizedCrop(224), jitter, kit.RandomGrayscale(0.2), blur, kit.RandomHorizontalFlip(), *last])
+    last = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    per_core("MoCo-v3's views, one core", args, views(transforms, last), views(v2, []), 2)
+
+
+def part_toy(args):
+    settings = mae.parse([], {**mae.SETTINGS, **mae.TRAINING}, out="")
+    data = mae.open_data(settings, train=True)
+    crop = v2.RandomResizedCrop(32, (0.3, 1), interpolation=v2.InterpolationMode.BICUBIC)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    stream = mae.Stream(len(data), 0, functools.partial(mae.make_sample, data, transform, settings))
+    batches = mae.load(stream, 0, 10 ** 6, settings)
+    step = training_step(functools.partial(mae_tiny, arch="toy", img_size=32, patch_size=4), 128)
+    seconds = alternate({"a training step": step, "loading its images": lambda: next(batches)}, 10 * args.rounds)
+    report("Toy images, batch 128", 128, "images", seconds)
+
+
+def part_end(args):
+    """Ten steps of mae.py as users start it, from JPEGs, against the network alone."""
+    batch_size = args.batch_size or (32 if DEVICE.type == "cpu" else 256)
+    alone = alternate({"": training_step(mae_tiny, batch_size, compiled=args.compile)}, args.rounds)[""]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, ROOT / "mae.py", "--data", photographs(args), "--out", out, "--max-steps", "20", "--batch-size",
+                   str(batch_size), "--epochs", "1000", *["--compile"] * args.compile]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        last = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])
+    print(f"\nEnd to end, mae.py, ViT-Tiny, 224 px, batch {batch_size}: {last['images_per_s']:.1f} images/s, of which "
+          f"{last['data_wait']:.1%} waiting for data; the network alone {batch_size / statistics.median(alone):.1f} images/s")
+
+
+# ------------------------------------------------------------ analysis and inference
+
+def part_cka(args):
+    """All 13 x 13 layers of two ViT-Tiny, 256 images in mini-batches of 32."""
+    import analysis
+    batches = [([torch.randn(32, 196, 192) for _ in range(13)], [torch.randn(32, 196, 192) for _ in range(13)]) for _ in range(2)]
+
+    def hsic(K, L):
+        n, K, L = len(K), K.clone().fill_diagonal_(0), L.clone().fill_diagonal_(0)
+        sums = K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (K.sum(0) @ L.sum(0))
+        return ((K * L).sum() + sums) / (n * (n - 3))
+
+    def plain():
+        for a, b in batches:
+            for x in a:
+                for y in b:
+                    K, L = (z.flatten(1).double() @ z.flatten(1).double().T for z in (x, y))
+                    hsic(K, L), hsic(K, K), hsic(L, L)
+
+    def here():
+        cka = analysis.CKA(13, 13)
+        for a, b in batches:
+            cka.update(a, b)
+        cka.compute()
+    report("CKA of 13 x 13 layers, 64 images", 64, "images", alternate({"plain: a double loop": plain, "here": here}, args.rounds))
+
+
+def part_throughput(args):
+    """Images per second in evaluation and parameters (Table 2)."""
+    model = vit.ARCHS[args.arch](num_classes=1000).to(DEVICE).eval()
+    if args.compile:
+        model.compile()
+    batch_size = args.batch_size or (32 if DEVICE.type == "cpu" else 1024)
+    images = noise_images(batch_size)
+
+    @torch.inference_mode()
+    def forward():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
+            model(images)
+    seconds = alternate({f"ViT-{args.arch}": forward}, args.rounds)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    report(f"Throughput, {parameters:.2f}M parameters, 224 px, batch {batch_size}", batch_size, "images", seconds)
+
+
+PARTS = {name[5:]: part for name, part in list(globals().items()) if name.startswith("part_")}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of: {' '.join([*PARTS, *OTHERS])} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"of: {' '.join(PARTS)} (default: all)")
     parser.add_argument("--data", help="a folder of JPEGs")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--arch", choices=vit.ARCHS, default="tiny")
+    parser.add_argument("--amp", action="store_true", help="bf16 in throughput")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}")
-    for name in args.parts or [*PARTS, *OTHERS]:
-        if name in PARTS:
-            PARTS[name](args)
-        elif name == "distill":
-            importlib.import_module("bench_distill").run(args)
-        elif name in OTHERS:
-            options = [part for option in OTHERS[name] if (value := getattr(args, option))
-                       for part in (f"--{option.replace('_', '-')}", *([] if value is True else [str(value)]))]
-            options += ["--amp", "bf16"] if name == "finetune" and DEVICE.type == "cuda" else []
-            print(flush=True)
-            subprocess.run([sys.executable, ROOT / "tests" / f"bench_{name}.py", *options], check=True)
-        else:
-            parser.error(f"no part {name}")
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {' '.join(sorted(unknown))}")
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {device}, {os.cpu_count()} cores")
+    for name in args.parts or PARTS:
+        PARTS[name](args)
 
 
 if __name__ == "__main__":

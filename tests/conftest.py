@@ -1,10 +1,8 @@
-"""What every test shares: the golden numbers, the weights and inputs they were made with, and a way to run a script.
+"""What the tests share: golden numbers, the weights and inputs they were made with, and ways to run a script.
 
-`goldens.json` holds what the published implementations (MAE, MoCo-v3, MAE-Lite, ...) compute on weights and inputs given
-by formula: `fill` and `images` below are those formulas. Agreement: 1e-6 relative in float64, 1e-4 in float32.
+`goldens.json` holds what the published implementations (MAE, MoCo-v3, MAE-Lite, ...) compute on weights and inputs
+given by formula: `value` and `images` below are those formulas. Agreement: 1e-6 in float64, 1e-4 in float32.
 """
-import ast
-import errno
 import functools
 import importlib
 import json
@@ -21,19 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything is compared on the CPU
+if os.environ.get("TEST_GPU") != "1":           # tests/test_gpu.py says how to run it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""     # everything else is compared on the CPU
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
-SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)  # of the golden networks
+SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)    # the golden networks'
 TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, mlp_ratio=4)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
-
+# ------------------------------------------------------------ golden numbers
 
 def value(name, shape):
     """The golden value of a parameter, in float64."""
@@ -42,14 +39,14 @@ def value(name, shape):
     if leaf in ("cls_token", "mask_token"):
         v = 0.5 * v
     elif len(shape) == 1:
-        v = 0.1 * v + (leaf == "weight")  # 1-D weights are those of LayerNorm and BatchNorm
+        v = 0.1 * v + (leaf == "weight")    # 1-D weights are those of LayerNorm and BatchNorm
     else:
         v = v / np.sqrt(np.prod(shape[1:]))
     return torch.from_numpy(v)
 
 
 def fill(module, prefix="", dtype=torch.float64, rename=lambda name: name):
-    """Casts a module and gives each parameter its golden value (the fixed position tables stay)."""
+    """Casts a module and gives each parameter its golden value; position tables stay."""
     module.to(dtype)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -74,43 +71,43 @@ def agrees(tensor, golden, tolerance=1e-6):
     else:
         assert list(tensor.shape) == golden["shape"]
         flat = tensor.detach().double().flatten()
-        actual = torch.cat([torch.stack([flat.std(correction=0), flat.abs().sum(), flat.norm()]), flat[:16], flat[golden["rand_idx"]]])
-        expected = torch.tensor([golden["std"], golden["abs_sum"], golden["l2"], *golden["first16"], *golden["rand_vals"]],
-                                dtype=torch.float64)
-    scale = expected.abs() + 1e-3 * expected[torch.isfinite(expected)].abs().mean()  # relative, near zero: to the mean
+        sums = torch.stack([flat.std(correction=0), flat.abs().sum(), flat.norm()])
+        actual = torch.cat([sums, flat[:16], flat[golden["rand_idx"]]])
+        expected = [golden["std"], golden["abs_sum"], golden["l2"], *golden["first16"], *golden["rand_vals"]]
+        expected = torch.tensor(expected, dtype=torch.float64)
+    scale = expected.abs() + 1e-3 * expected[torch.isfinite(expected)].abs().mean()    # near zero: of the mean
     worst = ((actual - expected).abs() / scale).max().item()
     assert worst <= tolerance, f"off by {worst:.1e}, allowed {tolerance:.0e}"
 
 
-def start(script, *arguments, ranks=1, cwd=ROOT, **popen):
-    """Starts `python script ...` (or torchrun with `ranks` gloo processes) and returns the process."""
-    launcher = [sys.executable]
+# ------------------------------------------------------------ running a script
+
+def begin(script, *arguments, ranks=1, **popen):
+    """Starts `python -W error script ...`, or torchrun with several gloo ranks, and returns the process."""
+    launcher = [sys.executable, "-W", "error"]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
-    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=ROOT, env=environment,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
 def run(script, *arguments, code=0, **kw):
-    """Runs a script to its end, asserts its exit code, returns what it printed (stdout, then stderr)."""
-    process = start(script, *arguments, **kw)
+    """Runs a script to its end, asserts its exit code, returns what it printed."""
+    process = begin(script, *arguments, **kw)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit {process.returncode}, expected {code}:\n{out[-3000:]}\n{err[-3000:]}"
+    assert process.returncode == code, f"exit {process.returncode}, not {code}:\n{out[-3000:]}\n{err[-3000:]}"
     return out + err
 
 
 def call(module, *arguments):
-    """Runs a script's `main` in this process: `call(mae, "--out", folder)`. The signal handlers it sets are undone."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    """Runs a script's `main` in this process; its signal handlers are undone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         module.run(lambda: module.main([str(argument) for argument in arguments]))
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def refused(capsys, module, *arguments):
@@ -122,49 +119,37 @@ def refused(capsys, module, *arguments):
     return lines[0]
 
 
-# Processes of a script that start at once: a server imports it one time and forks.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vit", "mae", "distill", "mocov3", "finetune"])
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
-def forked(script, arguments, environment, break_at_step, errors):
-    if errors:
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    os.environ.update(environment)
-    sys.path.insert(0, str(ROOT))
+SCRIPTS = [name for name in ("mae", "distill", "mocov3", "finetune", "detect", "simmim", "dino")
+           if (ROOT / f"{name}.py").exists()]
+FORKS = multiprocessing.get_context("forkserver")    # imports the scripts once; each process starts at once
+FORKS.set_forkserver_preload(SCRIPTS)
+
+
+def forked(script, arguments, rank, ranks, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     module = importlib.import_module(script)
-    for name in dir(module):  # the pictures, which take most of a short run, are tested elsewhere
-        if name.startswith("draw_") and name != "draw_views":
-            setattr(module, name, lambda *a, **kw: None)
-    if break_at_step is not None and environment.get("RANK") == "1":  # a NaN in one rank's images
-        step, draw = [0], module.draw
-
-        def broken(batch, *shape, **kw):
-            step[0] = batch.step
-            return draw(batch, *shape, **kw)
-        whole = module.normalize
-        module.draw = broken
-        module.normalize = lambda images, args: whole(images, args) * (float("nan") if step[0] == break_at_step else 1)
+    module.RANK, module.WORLD = rank, ranks
+    for name in vars(module).copy():        # figures, which take most of a short run, are tested elsewhere
+        if name.startswith("draw_") and name != "draw_shapes":
+            setattr(module, name, lambda *args, **kw: None)
     module.run(lambda: module.main(arguments))
 
 
-def launch(script, *arguments, ranks=1, break_at_step=None, errors=None):
-    """Starts `script` (its module's name) on so many gloo ranks, as torchrun would; returns the processes.
-
-    At `break_at_step`, rank 1's images turn to NaN; `errors`: a file for stderr.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
+def launch(script, *arguments, ranks=1, last_rank=()):
+    """Starts a script's `main` in processes of its own, as torchrun would; `last_rank`: its further arguments."""
+    port, processes = free_port(), []
     for rank in range(ranks):
-        environment = {"CUDA_VISIBLE_DEVICES": ""}
-        if ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(FORKS.Process(target=forked, args=(script, [str(a) for a in arguments], environment, break_at_step, errors)))
-        processes[-1].start()
+        own = [str(argument) for argument in (*arguments, *(last_rank if rank == ranks - 1 else ()))]
+        processes.append(FORKS.Process(target=forked, args=(script, own, rank, ranks, port)))
+    for process in processes:
+        process.start()
     return processes
 
 
@@ -172,129 +157,57 @@ def finish(processes, code=0):
     for process in processes:
         process.join(120)
     codes = [process.exitcode for process in processes]
-    for process in processes:  # one that hangs would keep pytest from ending
+    for process in processes:    # one that hangs would keep pytest from ending
         process.kill()
-    assert codes == [code] * len(processes), f"exit codes {codes}, expected {code}"
+    assert codes == [code] * len(processes), f"exit codes {codes}, not {code}"
 
 
-def fill_disk(monkeypatch):
-    """From now on checkpoints are written and then found not to have fitted."""
-    save = torch.save
-
-    def full(state, path):
-        save(state, path)
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-
-
-def killed_and_resumed_equals_uninterrupted(script, settings, folder):
-    """SIGKILL at a moment nobody chose, of a run too long to have ended before; then a few steps more, against as many in one go."""
-    process, = launch(script, *settings, "--out", folder / "killed")
+def wait_for(condition, process):
+    """Waits until something is true of a running process."""
     deadline = time.monotonic() + 120
-    while not (folder / "killed" / "last.pt").exists():
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(np.random.default_rng().uniform(0, 0.2))
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    steps = torch.load(folder / "killed" / "last.pt", weights_only=True)["step"]
-    resumed = launch(script, *settings, "--out", folder / "killed", "--resume", "--max-steps", 6)
-    finish(resumed + launch(script, *settings, "--out", folder / "whole", "--max-steps", steps + 6))
-    same_state(folder / "whole", folder / "killed")
-    assert losses(folder / "whole") == losses(folder / "killed") and len(losses(folder / "whole")) == steps + 6
+    while not condition():
+        assert process.exitcode is None if hasattr(process, "exitcode") else process.poll() is None, "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def losses(folder):
-    return [entry["loss"] for entry in log_of(folder)]
-
-
-def wait_for_lines(process, folder, count):
-    """Until a running script has logged so many lines."""
-    deadline = time.monotonic() + 120
-    while not (Path(folder) / "log.jsonl").exists() or len(log_of(folder)) < count:
-        assert process.poll() is None and time.monotonic() < deadline, "it ended too early, or never began"
-        time.sleep(0.05)
-
-
-def same_state(a, b, tolerance=0.0):
-    """Asserts that two checkpoints hold the same model and optimizer: bit for bit, or to a tolerance."""
-    a, b = (torch.load(Path(folder) / "last.pt", weights_only=True) for folder in (a, b))
+def same_state(a, b, tolerance=0.0, name="last.pt"):
+    """Asserts that two runs end in the same weights and optimizer state, and logged the same losses."""
+    a, b = (torch.load(Path(folder) / name, weights_only=True) for folder in (a, b))
     assert a["step"] == b["step"]
-    tensors_a, tensors_b = [dict(flatten({"model": c["model"], "optimizer": c["optimizer"]})) for c in (a, b)]
-    assert tensors_a.keys() == tensors_b.keys()
-    for name, x in tensors_a.items():
-        y = tensors_b[name]
-        if tolerance and name.endswith("qkv.bias"):  # the keys' bias cancels in the softmax: its gradient is rounding, which Adam scales up
-            x, y = (torch.cat([b.chunk(3)[0], b.chunk(3)[2]]) for b in (x, y))
-        if isinstance(x, torch.Tensor):
-            difference = (x.double() - y.double()).abs().max().item() if x.numel() else 0
-            assert difference <= tolerance, f"{name} differs by {difference}"
-
-
-def flatten(tree, name=""):
-    if isinstance(tree, (dict, list)):
-        for key, value in (tree.items() if isinstance(tree, dict) else enumerate(tree)):
-            yield from flatten(value, f"{name}.{key}")
-    else:
-        yield name, tree
+    states = [(c["model"], c.get("optimizer", {"state": {}})["state"]) for c in (a, b)]
+    for key, x in states[0][0].items():
+        y = states[1][0][key]
+        if tolerance and key.endswith("qkv.bias"):    # the keys' bias cancels in the softmax: Adam scales up rounding
+            x, y = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (x, y))
+        assert (x.double() - y.double()).abs().max() <= tolerance, key
+    if not tolerance:
+        for x, y in zip(states[0][1].values(), states[1][1].values(), strict=True):
+            assert all(torch.equal(torch.as_tensor(x[key]), torch.as_tensor(y[key])) for key in x)
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """JPEGs of three classes, 12 for training and 6 for validation each, 66 x 66 to 79 x 71 pixels: read from disk, not kept."""
+    """JPEGs of three classes, 12 for training and 6 for validation each, 66 x 66 to 79 x 71 pixels."""
     from PIL import Image
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
-        for kind in ("bird", "boat", "bus"):
-            (root / split / kind).mkdir(parents=True)
+        for label in ("bird", "boat", "bus"):
+            (root / split / label).mkdir(parents=True)
             for i in range(count):
                 coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
                 size = (int(rng.integers(66, 80)), int(rng.integers(66, 72)))
-                Image.fromarray(coarse).resize(size, Image.BICUBIC).save(root / split / kind / f"{i}.jpg")
-    return root
-
-
-@pytest.fixture(scope="session")
-def small_folder(tmp_path_factory):
-    """32 x 32 PNGs of two classes, as CIFAR-100 comes."""
-    from PIL import Image
-    import vit
-    root = tmp_path_factory.mktemp("small")
-    pixels, _ = vit.toy_shapes(36, 32, seed=3)
-    for i, image in enumerate(pixels):
-        folder = root / ("train" if i < 24 else "val") / ("even", "odd")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
+                Image.fromarray(coarse).resize(size, Image.BICUBIC).save(root / split / label / f"{i}.jpg")
     return root
 
 
 @pytest.fixture(scope="session", autouse=True)
 def toy_shapes_are_drawn_once():
-    """Scripts that run in this process share the toy images."""
+    """Runs in this process share the toy images."""
     import vit
     vit.toy_shapes = functools.lru_cache(maxsize=None)(vit.toy_shapes)
-
-
-@pytest.fixture
-def teacher(tmp_path):
-    """The arguments that distill.py needs beside mae.py's: a small teacher's weights."""
-    def make(script, patch=4):
-        if script != "distill":
-            return ()
-        import vit
-        torch.manual_seed(1)
-        torch.save(vit.vit_toy(img_size=32, patch_size=patch).state_dict(), tmp_path / "teacher.pt")
-        return "--teacher", tmp_path / "teacher.pt"
-    return make
-
-
-def function_source(path, name):
-    """The text of one top-level function or class of a script, decorators included."""
-    text = (ROOT / path).read_text()
-    node = next(node for node in ast.parse(text).body if getattr(node, "name", None) == name)
-    return "\n".join(text.splitlines()[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1:node.end_lineno])

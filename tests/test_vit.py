@@ -1,4 +1,10 @@
 """vit.py: the network against published numbers and its own promises, the loading of weights, the toy data."""
+import argparse
+import hashlib
+import math
+import pickle
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,77 +12,57 @@ from conftest import GOLDENS, SIZES, TEACHER, agrees, fill, images
 
 import vit
 
-PRECISIONS = [(torch.float64, 1e-6), (torch.float32, 1e-4)]
-
 
 def small(**kw):
-    return vit.VisionTransformer(**{**SIZES, **kw}).double()
+    return fill(vit.VisionTransformer(**{**SIZES, **kw}))
 
 
 # ------------------------------------------------------------------------------------------------ the network
 
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("pool, section", [("avg", "global_pool"), ("token", "cls_token")])
 def test_logits_are_those_of_the_published_vit(pool, section, dtype, tolerance):
-    model = fill(vit.VisionTransformer(**SIZES, num_classes=10, global_pool=pool), dtype=dtype)
+    model = small(num_classes=10, global_pool=pool).to(dtype)
     agrees(model(images(dtype=dtype)), GOLDENS["1_classifier"][section]["logits"], tolerance)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(names) == sorted(GOLDENS["1_classifier"][section]["param_names"])  # timm's
 
 
-def test_parameter_names_are_timms():
-    golden = GOLDENS["1_classifier"]
-    for pool, section in (("avg", "global_pool"), ("token", "cls_token")):
-        names = [n for n, p in small(num_classes=10, global_pool=pool).named_parameters() if p.requires_grad]
-        assert sorted(names) == sorted(golden[section]["param_names"])
-
-
-def test_position_table_is_maes():
-    agrees(small().pos_embed, GOLDENS["1_classifier"]["pos_embed_mae"]["stored_float32"], 1e-7)
-    assert not small().pos_embed.requires_grad
-
-
-def test_scores_and_hidden_states_are_those_of_the_published_vit():
-    model, golden = fill(vit.VisionTransformer(**SIZES)), GOLDENS["2_attention"]
-    _, extras = model.encode(model.embed(images()), attention=(0, 2), hidden=True)
+def test_attention_scores_and_hidden_states_are_those_of_the_published_vit():
+    model, golden = small(), GOLDENS["2_attention"]
+    x, extras = model.encode(model.embed(images()), attention=(0, 2), hidden=True)
     agrees(extras.attention[0], golden["scores_first_block"])
     agrees(extras.attention[2], golden["scores_last_block"])
-    assert sorted(extras.attention) == [0, 2] and len(extras.hidden) == SIZES["depth"] + 1
+    assert sorted(extras.attention) == [0, 2] and extras.hidden[-1] is x
     for hidden, expected in zip(extras.hidden, golden["hidden_states"], strict=True):
         agrees(hidden, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float().blocks[0].attn.scores(torch.randn(2, 5, 48)).dtype == torch.float32
 
 
-def test_vit_tiny_has_12_heads_and_5_7_million_parameters():
-    model = vit.vit_tiny(num_classes=1000)
-    assert model.blocks[0].attn.num_heads == 12
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 5.7
-
-
-def test_explicit_and_fast_attention_agree():
-    model = fill(vit.VisionTransformer(**SIZES))
-    tokens = model.embed(images())
-    x, _ = model.encode(tokens, attention=range(3))
-    torch.testing.assert_close(x, model.encode(tokens), rtol=1e-10, atol=1e-10)
-
-
-def test_only_the_asked_blocks_leave_the_fast_path(monkeypatch):
-    calls = []
-    fast = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append(1) or fast(*a))
+def test_attention_scores_are_computed_in_the_wanted_blocks_only(monkeypatch):
+    fused, scores, calls = F.scaled_dot_product_attention, vit.Attention.scores, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append("fused") or fused(*a))
+    monkeypatch.setattr(vit.Attention, "scores", lambda *a: calls.append("scores") or scores(*a))
     model = small()
-    _, extras = model.encode(model.embed(images()), attention=(1,))
-    assert len(calls) == 2 and list(extras.attention) == [1]
+    x, extras = model.encode(model.embed(images()), attention=(1,))
+    assert calls == ["fused", "scores", "fused", "fused"] and list(extras.attention) == [1] and not extras.hidden
+    assert torch.equal(x, model.encode(model.embed(images())))
 
 
-def test_attention_maps_are_the_softmax_of_the_scores():
-    model = fill(vit.VisionTransformer(**SIZES))
-    maps = vit.attention_maps(model, images(), layers=(2, 0))
-    _, extras = model.encode(model.embed(images()), attention=(0, 2))
-    assert maps.shape == (2, 4, 6, 17, 17)
-    torch.testing.assert_close(maps[0], extras.attention[2].softmax(-1))
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 4, 6, 17).double())
+def test_attention_maps_are_the_softmax_of_the_scores_and_weight_the_values():
+    model = small()
+    _, extras = model.encode(model.embed(images()), attention=(0, 2), hidden=True)
+    x, attention, maps = model.blocks[0].norm1(extras.hidden[0]), model.blocks[0].attn, vit.attention_maps(model, images())
+    torch.testing.assert_close(maps[[0, 2]], torch.stack([extras.attention[0], extras.attention[2]]).softmax(-1))
+    assert torch.equal(vit.attention_maps(model, images(), layers=(2, 0)), maps[[2, 0]]) and len(maps) == 3
+    values = attention.qkv(x)[..., 96:].view(4, 17, 6, 8)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", maps[0], values).reshape(4, 17, 48)
+    torch.testing.assert_close(attention(x), attention.proj(mixed))
 
 
 def test_permuting_patches_with_their_positions_permutes_the_features():
-    model = fill(vit.VisionTransformer(**SIZES))
+    model = small()
     tokens, order = model.embed(images()), torch.randperm(16, generator=torch.Generator().manual_seed(0))
     straight, permuted = model.encode(tokens), model.encode(tokens[:, order])
     torch.testing.assert_close(permuted[:, 1:], straight[:, 1:][:, order])
@@ -84,166 +70,197 @@ def test_permuting_patches_with_their_positions_permutes_the_features():
     assert not torch.allclose(permuted[:, 1:], straight[:, 1:])
 
 
-def test_position_is_added_before_patches_are_dropped():
-    model = fill(vit.VisionTransformer(**SIZES))
-    one, other = model.embed(images())[:, [3]], model.embed(images().roll(8, dims=-1))[:, [0]]  # patch 3's content, at place 0
-    assert not torch.allclose(model.encode(one), model.encode(other))
+def test_position_table_is_maes_and_is_added_before_patches_are_dropped():
+    model = small()
+    agrees(model.pos_embed, GOLDENS["1_classifier"]["pos_embed_mae"]["stored_float32"], 1e-7)
+    there, here = model.embed(images())[:, [3]], model.embed(images().roll(8, dims=-1))[:, [0]]  # the same content
+    torch.testing.assert_close(there - here, (model.pos_embed[:, [4]] - model.pos_embed[:, [1]]).expand(4, 1, 48))
 
 
-def test_other_image_sizes_get_an_interpolated_position():
-    model = fill(vit.VisionTransformer(**SIZES))
-    assert model(images(2, 48)).shape == (2, 48)
-    assert model(images(2, 32)[:, :, :16]).shape == (2, 48)  # 2 x 4 patches
-    coarse, fine = model.pos_embed, vit.resize_position(model.pos_embed, (8, 8))
+def test_position_table_is_interpolated_for_other_sizes_and_trained_when_asked():
+    coarse, fine = small().pos_embed, vit.resize_position(small().pos_embed, (8, 8))
     averaged = F.avg_pool2d(fine[:, 1:].view(1, 8, 8, -1).permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
     assert (averaged - coarse[:, 1:]).abs().mean() < 0.05 and torch.equal(fine[:, :1], coarse[:, :1])
-
-
-def test_a_patch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="patch size 5 does not divide image size 32"):
-        vit.VisionTransformer(**{**SIZES, "patch_size": 5})
-    with pytest.raises(ValueError, match="does not divide images of 32 x 30"):
-        small().embed(images()[..., :30])
-    with pytest.raises(ValueError, match="blocks are 0 to 2"):
+    for pixels in (images(2, 32), images(2, 48), images(2, 32)[:, :, :16]):  # 4 x 4, 6 x 6, 2 x 4 patches
         model = small()
-        model.encode(model.embed(images()), attention=(3,))
+        assert not model.pos_embed.requires_grad
+        model.pos_embed.requires_grad_(True)
+        model(pixels).square().sum().backward()
+        assert (model.pos_embed.grad != 0).any(-1).all()
 
 
-def test_stochastic_depth_skips_whole_branches_and_keeps_the_expectation():
+@pytest.mark.parametrize("call, message", [
+    (lambda: small(patch_size=5), "patch size 5 does not divide image size 32"), (lambda: small(global_pool="max"), "'max'"),
+    (lambda: small(num_heads=5), "width 48 is not divisible by 5 heads"), (lambda: vit.init_weights(small(), "he"), "'he'"),
+    (lambda: small().embed(images()[..., :30]), "patch size 8 does not divide images of 32 x 30"),
+    (lambda: small().encode(torch.zeros(1, 1, 48), attention=(3,)), "blocks are 0 to 2"),
+])
+def test_sizes_that_do_not_divide_and_unknown_names_are_refused(call, message):
+    with pytest.raises((vit.InputError, KeyError), match=message):
+        call()
+
+
+def test_stochastic_depth_drops_whole_branches_of_images_and_keeps_the_expectation():
     torch.manual_seed(0)
-    block = vit.Block(12, 3, drop_path=0.4)
-    branch = torch.ones(20000, 2, 12)
+    block, branch = vit.Block(12, 3, drop_path=0.4), torch.ones(20000, 2, 12)
     dropped = block.stochastic_depth(branch)
-    assert dropped[:, 0, 0].unique().tolist() == pytest.approx([0, 1 / 0.6])
-    assert torch.equal(dropped[:, 0, 0], dropped[:, 1, 5])
-    assert abs(dropped.mean() - 1) < 0.03  # 4 standard errors
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert torch.equal(dropped, dropped[:, :1, :1].expand_as(branch)) and abs(dropped.mean() - 1) < 0.03  # 4 standard errors
     assert block.eval().stochastic_depth(branch) is branch
     assert [b.drop_path for b in small(drop_path=0.2).blocks] == pytest.approx([0, 0.1, 0.2])
 
 
-def test_the_head_and_both_poolings_see_what_they_should():
-    tokens = torch.randn(2, 17, 48, dtype=torch.float64)
-    moved = tokens.clone()
-    moved[:, 0] += 1
-    assert torch.equal(small().pool(tokens), small().pool(moved))  # the mean of the patches ignores the class token
-    changed = tokens.clone()
-    changed[:, 1:] += 1
-    token = small(global_pool="token")
-    assert torch.equal(token.pool(tokens), token.pool(changed))
+def test_init_weights_is_xavier_or_truncated_normal_and_vit_tiny_has_12_heads():
+    torch.manual_seed(0)
+    model = vit.vit_tiny(num_classes=1000)
+    assert model.blocks[0].attn.num_heads == 12 and round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 5.7
+    matrices = [model.patch_embed.proj.weight.flatten(1), model.blocks[3].mlp.fc1.weight, model.head.weight]
+    for matrix in matrices:
+        assert matrix.abs().max().item() == pytest.approx(math.sqrt(6 / sum(matrix.shape)), rel=0.01)
+    vit.init_weights(model, "truncated")
+    for tensor in (*matrices, model.pos_embed, model.cls_token):
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.2)
+    assert all(p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith("bias"))
 
 
 # ------------------------------------------------------------------------------------------------ weights
 
-def published(fmt, model):
-    """The model's weights as a published file of that kind holds them."""
-    state = model.state_dict()
-    body = {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm", "norm"))}
-    norm = {"norm.weight": torch.ones(48), "norm.bias": torch.zeros(48)}
-    decoder = {"mask_token": torch.zeros(1, 1, 24), "decoder_embed.weight": torch.zeros(24, 48), "decoder_pred.bias": torch.zeros(192)}
-    if fmt == "mae":
-        return {"model": {**body, **norm, **decoder}}
-    if fmt == "mae-lite":
-        return {"model": {f"module.model.{k}": v for k, v in {**body, **norm, **decoder}.items()}, "start_epoch": 400}
-    if fmt == "moco-v3":
-        head = {"head.0.weight": torch.zeros(64, 48), "head.1.weight": torch.ones(64)}
-        other = {f"module.momentum_encoder.{k}": v + 1 for k, v in {**body, **norm, **head}.items()}
-        base = {f"module.base_encoder.{k}": v for k, v in {**body, **norm, **head}.items()}
-        return {"state_dict": {**base, **other, "module.predictor.0.weight": torch.zeros(64, 32)}, "arch": "vit_small", "epoch": 300}
-    if fmt == "deit":
-        return {"model": {**body, **norm, "head.weight": torch.zeros(1000, 48), "head.bias": torch.zeros(1000)}}
-    if fmt == "timm":
-        return {**body, **norm}
-    return {"model": {**{f"encoder.{k}": v for k, v in {**body, **norm}.items()}, "decoder_norm.bias": torch.zeros(24)}, "step": 3}
+def under(prefix, *parts):
+    return {prefix + name: tensor for part in parts for name, tensor in part.items()}
 
 
-@pytest.mark.parametrize("fmt", ["mae", "mae-lite", "moco-v3", "deit", "timm", "own"])
-def test_published_files_load_as_they_are(fmt, tmp_path):
-    source, model = fill(vit.VisionTransformer(**SIZES)).float(), vit.VisionTransformer(**SIZES, num_classes=10)
-    torch.save(published(fmt, source), tmp_path / "file.pth")
+def zeros(*names):
+    return {name: torch.zeros(3, 48) for name in names}
+
+
+ENCODER = small(global_pool="token").float().state_dict()
+OTHER = {name: tensor + 1 for name, tensor in ENCODER.items()}
+MAE = {**ENCODER, **zeros("mask_token", *(f"decoder_blocks.0.{name}" for name in "abcdefghi"))}
+MOCO = {**under("base_encoder.", ENCODER, zeros("head.0.weight")), **under("momentum_encoder.", OTHER), **zeros("predictor.0.weight")}
+CLASSIFIER = {**ENCODER, **zeros("head.weight", "head.bias")}
+DETECTOR = {name: tensor for name, tensor in ENCODER.items() if not name.startswith("norm")} | zeros("blocks.0.attn.rel_pos_h")
+VITDET = {name: tensor for name, tensor in DETECTOR.items() if name != "cls_token"}
+FILES = {  # one encoder as each project's files hold it, and a tensor that stays unused
+    "MAE": ({"model": MAE, "args": argparse.Namespace(lr=1)}, "mask_token"),
+    "MAE-Lite": ({"model": under("module.model.", MAE), "start_epoch": 400}, "decoder_blocks.0.c"),
+    "MAE-Lite, distilled": ({"model": under("module.tch_model.", OTHER) | under("module.model.", MAE)}, "tch_model.cls_token"),
+    "MAE-Lite, MoCo-v3": ({"model": under("module.", MOCO)}, "head.0.weight"),
+    "MoCo-v3": ({"state_dict": under("module.", MOCO), "arch": "vit_small"}, "momentum_encoder.cls_token"),
+    "DINO": ({"student": under("module.backbone.", OTHER), "teacher": under("backbone.", ENCODER) | zeros("head.mlp.0.bias"),
+              "optimizer": {"lr": np.float64(1e-3)}}, "head.mlp.0.bias"),
+    "DeiT": ({"model": CLASSIFIER}, "head.weight"),
+    "timm": (ENCODER, "norm.weight"),
+    "mae.py": ({"model": under("encoder.", ENCODER) | zeros("mask_token"), "step": 3, "config": {"mask_ratio": 0.75}}, "mask_token"),
+    "mocov3.py": ({"model": MOCO, "step": 3, "config": {}}, "predictor.0.weight"),
+    "distill.py": ({"model": under("encoder.", ENCODER) | zeros("head_maps.0"), "config": {}}, "head_maps.0"),
+    "finetune.py": ({"model": CLASSIFIER, "config": {"num_heads": 6}}, "head.bias"),
+    "finetune.py, probe": ({"model": ENCODER | zeros("head.1.weight")}, "head.1.weight"),
+    "detect.py": ({"model": under("backbone.encoder.", DETECTOR), "config": {}}, "blocks.0.attn.rel_pos_h"),
+    "ViTDet": ({"model": under("backbone.net.", VITDET) | zeros("backbone.simfp_2.0.bias")}, "backbone.simfp_2.0.bias"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_load_weights_and_from_weights_read_every_kind_of_file(kind, tmp_path, monkeypatch):
+    content, unused = FILES[kind]
+    torch.save(content, tmp_path / "file.pth")
+    load, reads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *a, **kw: reads.append(kw["weights_only"]) or load(*a, **kw))
+    model = vit.VisionTransformer(**SIZES, num_classes=10)
     report = vit.load_weights(model, tmp_path / "file.pth")
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in source.state_dict().items() if k.startswith(("blocks", "cls", "pos", "patch")))
-    assert set(report.missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert any("norm.weight" in name for name in report.unused) and "head.weight" in str(report)
-    assert report == vit.load_weights(model, published(fmt, source))  # the loaded dictionary does as well
+    made, made_report = vit.from_weights(tmp_path / "file.pth", num_heads=None if kind == "finetune.py" else 6)
+    assert reads == [True, True]  # each file once, running no code from it
+    missing = ["cls_token"] * (kind == "ViTDet") + ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+    assert report.missing == missing and unused in report.unused and report == vit.load_weights(model, content)
+    for name, tensor in ENCODER.items():
+        assert name in missing or name in report.unused + made_report.missing or torch.equal(model.state_dict()[name], tensor)
+        assert name in made_report.missing or torch.equal(made.state_dict()[name], tensor)
+    assert made.blocks[0].attn.num_heads == 6 and made.global_pool == "token"
+    assert getattr(made.head, "out_features", 0) == (3 if kind in ("DeiT", "finetune.py") else 0)
 
 
-def test_moco_v3_files_have_two_encoders_to_choose_from():
-    source, model = small().float(), vit.VisionTransformer(**SIZES)
-    vit.load_weights(model, published("moco-v3", source), branch="momentum_encoder")
-    assert torch.equal(model.cls_token, source.cls_token + 1)
+def test_load_weights_takes_the_named_branch_and_reports_in_short_what_it_left_out():
+    model, ten = vit.VisionTransformer(**SIZES, num_classes=7, global_pool="token"), small(num_classes=10).float()
+    report = vit.load_weights(model, FILES["MoCo-v3"][0], branch="momentum_encoder")
+    assert torch.equal(model.cls_token, OTHER["cls_token"]) and report.missing == ["head.weight", "head.bias"]
+    assert str(vit.load_weights(model, MAE)) == \
+        "randomly initialized: head.weight, head.bias; unused in the file: mask_token, decoder_blocks.0.a and 8 more"
+    assert vit.load_weights(ten, ten.state_dict()) == ([], [])
+    with pytest.raises(vit.InputError, match="several but no 'other'"):
+        vit.load_weights(model, FILES["MoCo-v3"][0], branch="other")
 
 
-def test_the_head_loads_when_it_fits_and_is_named_when_it_does_not():
-    source = small(num_classes=10).float()
-    same, other = vit.VisionTransformer(**SIZES, num_classes=10), vit.VisionTransformer(**SIZES, num_classes=7)
-    assert vit.load_weights(same, source.state_dict()) == ([], [])
-    report = vit.load_weights(other, source.state_dict())
-    assert report.missing == report.unused == ["head.weight", "head.bias"]
-
-
-def test_loading_interpolates_the_position_to_another_grid():
-    source = small().float()
-    model = vit.VisionTransformer(**{**SIZES, "img_size": 64})
-    vit.load_weights(model, source.state_dict())
-    assert torch.equal(model.pos_embed, vit.resize_position(source.pos_embed, (8, 8)))
-
-
-def test_published_settings_in_a_namespace_load_with_weights_only(tmp_path):
-    import argparse
-    torch.save({"model": small().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "file.pth")
-    assert vit.load_weights(small(), tmp_path / "file.pth").missing == []
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.update({"blocks.1.attn.proj.weight": torch.zeros(3, 5)}), r"blocks.1.attn.proj.weight: \(3, 5\).*\(48, 48\)"),
-    (lambda s: s.update({"blocks.3.norm1.weight": torch.zeros(48)}), r"blocks.3.norm1.weight: \(48,\) in the file, none in the model"),
-    (lambda s: s.pop("blocks.2.mlp.fc1.bias"), r"blocks.2.mlp.fc1.bias: \(192,\) in the model, none in the file"),
-    (lambda s: s.update({"pos_embed": torch.zeros(1, 17, 24)}), r"pos_embed: \(1, 17, 24\) in the file, \(1, 17, 48\)"),
-    (lambda s: s.pop("patch_embed.proj.weight"), "holds no Vision Transformer"),
-])
-def test_weights_that_do_not_fit_name_the_tensor_and_both_shapes(change, message):
-    state = small().state_dict()
-    change(state)
-    with pytest.raises(vit.WeightsError, match=message):
-        vit.load_weights(small(), state)
-
-
-def test_what_is_no_checkpoint_is_named(tmp_path):
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(vit.WeightsError, match="text.pth: not a PyTorch checkpoint"):
-        vit.load_weights(small(), tmp_path / "text.pth")
-    with pytest.raises(vit.WeightsError, match="none.pth: cannot be opened"):
-        vit.load_weights(small(), tmp_path / "none.pth")
-
-
-def test_sizes_are_read_off_a_checkpoint():
-    source = fill(vit.VisionTransformer(**TEACHER, num_classes=5)).float()
+def test_from_weights_reads_the_sizes_and_arguments_override_them():
+    source = fill(vit.VisionTransformer(**{**TEACHER, "mlp_ratio": 2}, num_classes=5)).float()
     model, report = vit.from_weights(source.state_dict(), num_heads=4)
     assert report == ([], [])
     torch.testing.assert_close(model(images(dtype=torch.float32)), source(images(dtype=torch.float32)))
+    model, report = vit.from_weights(source.state_dict(), num_classes=0, img_size=64, global_pool="token")
+    assert report.missing == ["norm.weight", "norm.bias"] and model.blocks[0].attn.num_heads == 12
+    assert report.unused == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+    assert torch.equal(model.pos_embed, vit.resize_position(source.pos_embed, (8, 8)))
+
+
+def but(name, *shape):
+    """The encoder's tensors with one of another shape, or without it."""
+    return {key: tensor for key, tensor in {**ENCODER, name: torch.zeros(shape)}.items() if shape or key != name}
+
+
+@pytest.mark.parametrize("content, message", [
+    (but("blocks.1.attn.proj.bias", 3, 5), r"blocks.1.attn.proj.bias: \(3, 5\) in the file, \(48,\) in the model"),
+    (but("blocks.2.norm3.bias", 48), r"blocks.2.norm3.bias: \(48,\) in the file, none in the model"),
+    (but("blocks.2.mlp.fc1.bias"), r"blocks.2.mlp.fc1.bias: none in the file, \(192,\) in the model"),
+    (but("pos_embed", 1, 18, 48), r"pos_embed: \(1, 18, 48\) in the file, \(1, 17, 48\) in the model"),
+    (but("pos_embed"), "pos_embed is missing"), (but("blocks.0.mlp.fc1.weight"), "blocks.0.mlp.fc1.weight is missing"),
+    (but("patch_embed.proj.weight"), "no patch_embed"), (but("patch_embed.proj.weight", 48), "weight is missing or not 4-D"),
+    (ENCODER, "width 48 is not divisible by 5 heads"), ({1: torch.zeros(3)}, "no Vision Transformer"), ([1.0], "no Vision"),
+    (b"", "not a PyTorch checkpoint"), (b"hello", "not a PyTorch checkpoint"), (pickle.dumps(3), "not a PyTorch checkpoint"),
+    ("folder", "cannot be opened"), ("nothing", r"cannot be opened \(No such file or directory\)"),
+])
+def test_from_weights_names_the_file_and_what_is_wrong_with_it(content, message, tmp_path):
+    path = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content != "nothing":
+        torch.save(content, path)
+    with pytest.raises(vit.InputError, match=f"^[^\n]*file.pth: [^\n]*{message}[^\n]*$"):
+        vit.from_weights(path, num_heads=5 if content is ENCODER else 6)
 
 
 # ------------------------------------------------------------------------------------------------ toy data
 
-def test_toy_shapes_are_known_by_their_seed():
-    pixels, labels = vit.toy_shapes(300, 32, seed=0)
-    fewer, _ = vit.toy_shapes(10, 32, seed=0)
-    other, _ = vit.toy_shapes(10, 32, seed=1)
-    assert pixels.shape == (300, 3, 32, 32) and pixels.dtype == torch.uint8
-    assert torch.equal(pixels[:10], fewer) and not torch.equal(fewer, other)
-    assert set(labels.tolist()) == set(range(len(vit.TOY_CLASSES)))
+def test_toy_shapes_are_the_same_scenes_in_every_version_and_size():
+    (coarse, labels), (fine, same) = vit.toy_shapes(512), vit.toy_shapes(300, 64)
+    assert hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16] == "e41ace68d852fbe4" and torch.equal(labels[:300], same)
+    for pixels, total, weighted in ((coarse, 202085273, 9701441222), (fine, 477473468, 22919104550)):
+        flat = pixels.flatten().long()  # on another CPU, one value in a million is off by one
+        assert abs(flat.sum() - total) <= 5 and abs((flat * (torch.arange(len(flat)) % 97)).sum() - weighted) <= 500
+    assert (F.avg_pool2d(fine.float(), 2) - coarse[:300].float()).abs().mean() < 2
+    assert torch.equal(coarse[:10], vit.toy_shapes(10)[0]) and not torch.equal(coarse[:10], vit.toy_shapes(10, seed=1)[0])
 
 
-def test_toy_shapes_show_the_same_scene_at_any_size():
-    coarse, labels = vit.toy_shapes(20, 32)
-    fine, same = vit.toy_shapes(20, 64)
-    assert torch.equal(labels, same)
-    assert (F.avg_pool2d(fine.float(), 2) - coarse.float()).abs().mean() < 2
-
-
-def test_toy_colours_do_not_tell_the_class():
+def test_toy_shapes_colors_do_not_tell_the_class():
     pixels, labels = vit.toy_shapes(4000, 8)
-    colours = torch.cat([pixels.float().mean((2, 3)), torch.ones(4000, 1)], 1)
+    colors = torch.cat([pixels.float().mean((2, 3)), torch.ones(4000, 1)], 1)
     target = F.one_hot(labels).float()
-    guess = (colours[:2000] @ torch.linalg.lstsq(colours[2000:], target[2000:]).solution).argmax(1)
+    guess = (colors[:2000] @ torch.linalg.lstsq(colors[2000:], target[2000:]).solution).argmax(1)
     assert (guess == labels[:2000]).float().mean() < 0.2  # chance is 0.1
+
+
+def test_draw_shapes_masks_are_where_the_brightness_changes():
+    uniform = torch.rand(200, 20, generator=torch.Generator().manual_seed(0))
+    pixels, masks = vit.draw_shapes(torch.arange(200) % 10, uniform, 32)
+    assert masks.dtype == torch.bool
+    inside, outside = [(pixels.float().mean(1) * part).sum((1, 2)) / part.sum((1, 2)) for part in (masks, ~masks)]
+    assert torch.equal(inside > outside, uniform[:, 16] <= 0.5)  # number 16 says which of the two is darker
+
+
+def test_toy_shapes_data_set_is_like_torchvisions_and_pickles():
+    train, validation = vit.ToyShapes(True, img_size=8), vit.ToyShapes(False, img_size=8)
+    assert len(train) == 8192 and len(validation) == 1024 and train.classes == list(vit.TOY_CLASSES)
+    image, label = pickle.loads(pickle.dumps(validation))[5]
+    expected, labels = vit.toy_shapes(1024, 8, seed=1)
+    assert torch.equal(image, expected[5]) and label == validation.targets[5] == labels[5] and type(label) is int
+    assert torch.equal(train[8191][0], vit.toy_shapes(8192, 8)[0][-1])
