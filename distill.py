@@ -1,63 +1,46 @@
-"""MAE with attention distillation: while it fills in images, a small network also imitates a larger MAE's attention.
+"""MAE with attention distillation: a small network also imitates a larger one's attention.
 
-This is mae.py plus Sec. 5 of A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023); `diff mae.py
-distill.py` is the lesson. A frozen, pre-trained teacher sees the same visible patches as the student, and the student's
-pre-softmax attention scores, mapped from its heads to the teacher's by a learned matrix M, are drawn to the teacher's:
+Recipe: "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICML 2023).
+The teacher, a frozen MAE, sees the same visible patches. M, learned, maps the student's heads to its.
 
-    loss = L_mae + weight * L_attn,    L_attn = mean (A_teacher - M A_student)^2,   A = q k^T / sqrt(d)     (Eq. 3)
+    loss = mean over removed patches of (prediction - target)^2, target = pixels, normalized per patch
+           + mean (A_teacher - M A_student)^2, A = q k^T / sqrt(d), before the softmax  (Eq. 3)
 
-By default in the last block (Fig. 7). Blocks count from 1; student block b of S goes with teacher block round(b T / S) of T.
-
-Run it
-    laptop      python distill.py                                                # trains a small teacher first, on drawn shapes
-    one GPU     python distill.py --data DIR --teacher mae_pretrain_vit_base.pth --accum 8 --compile
-    8 GPUs      torchrun --nproc_per_node=8 distill.py --data DIR --teacher mae_pretrain_vit_base.pth
-    two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 distill.py --data DIR --teacher FILE
-    look again  python distill.py --reconstruct runs/distill/last.pt
-Results land in --out: config.json, log.jsonl, last.pt, loss.png, reconstruction.png, attention.png. --resume continues.
-
-Shapes in the comments: B images, L patches, D width, p patch size, h heads, n visible tokens with the class token.
+    laptop  python distill.py    # a teacher first; minutes
+    one GPU, 8 GPUs, two nodes: as mae.py, with --data DIR --teacher mae_pretrain_vit_base.pth
+Results in --out: config.json, log.jsonl, last.pt, reconstruction.png. --resume continues exactly.
+Shapes: B images, L patches, n kept, D width, p patch size, S image size. Read up to the end of `train`.
 """
 import argparse
-import contextlib
-import copy
 import functools
+import hashlib
 import json
 import math
 import os
-import random
-import re
-import resource
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import traceback
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import distributed as dist, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import vit
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
-
-# ------------------------------------------------------------------------------------------------ the method
+# ------------------------------------------------------------ the method
 
 def patchify(images, patch_size):
-    """`(B, 3, H, W) -> (B, L, p*p*3)`: patches in raster order, pixels inside a patch ordered (p, p, 3)."""
+    """`(B, 3, H, W) -> (B, L, p*p*3)`: patches row by row, each as (p, p, 3)."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
@@ -74,8 +57,8 @@ def unpatchify(patches, patch_size):
 def random_masking(tokens, mask_ratio, noise=None):
     """Keeps the `int(L * (1 - mask_ratio))` tokens with the smallest noise (MAE, Sec. 3).
 
-    tokens `(B, L, D)`, noise `(B, L)` (default: uniform). Returns the kept tokens `(B, n, D)`, the mask `(B, L)`, 1 =
-    removed, and `ids_restore (B, L)`: position l of the image is entry `ids_restore[l]` of (kept, then removed).
+    tokens `(B, L, D)`, noise `(B, L)`, uniform. Returns the kept tokens `(B, n, D)`, the mask `(B, L)`,
+    1 = removed, and `ids_restore (B, L)`: patch i is entry `ids_restore[i]` of (kept, then removed).
     """
     B, L, D = tokens.shape
     noise = torch.rand(B, L, device=tokens.device) if noise is None else noise
@@ -88,903 +71,620 @@ def random_masking(tokens, mask_ratio, noise=None):
 
 
 def attention_distillation_loss(student, teacher, head_map):
-    """Eq. 3: the mean squared error between the teacher's scores and M times the student's.
-
-    student `(B, h', n, n)`, teacher `(B, h, n, n)`: pre-softmax scores of the same tokens; head_map `(h, h')` is M (or a
-    bias-free 1 x 1 convolution from h' to h heads). In float32 or wider.
-    """
-    head_map = head_map.weight if isinstance(head_map, nn.Module) else head_map
+    """Eq. 3 of scores `(B, h', n, n)`, `(B, h, n, n)` and M, `(h, h')` or a 1x1 convolution."""
+    head_map = getattr(head_map, "weight", head_map)
+    dtype = torch.promote_types(student.dtype, torch.float32)
     with torch.autocast(student.device.type, enabled=False):
-        mapped = torch.einsum("ts,bsij->btij", head_map.flatten(1), student.to(head_map.dtype))
-        return ((teacher.to(head_map.dtype) - mapped) ** 2).mean()
+        mapped = torch.einsum("ts,bsij->btij", head_map.flatten(1).to(dtype), student.to(dtype))
+        return ((teacher - mapped) ** 2).mean()
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder that sees only what is left of an image, and a decoder that predicts what was removed.
+    """An encoder for the visible patches, a decoder that predicts the removed ones (MAE, Sec. 3)."""
 
-    `encoder` is a `vit.VisionTransformer`; its final LayerNorm here normalises every token, so a mean-pooling one is made
-    to pool by class token. Decoder of 1 block, 96 wide, 3 heads: the study's, for a tiny encoder.
-    """
-
-    def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix_loss=True, blocks=(), teacher_heads=12):
-        """`blocks`: indices of the encoder's blocks to be distilled; each gets a map M onto `teacher_heads` heads."""
+    def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix_loss=True,
+                 blocks=(), teacher_heads=12):    # indices
         super().__init__()
-        self.blocks, heads = tuple(blocks), encoder.blocks[0].attn.num_heads
+        self.blocks = tuple(blocks)
+        heads = encoder.blocks[0].attn.num_heads
         self.head_maps = nn.ParameterList(
-            nn.Parameter(torch.empty(teacher_heads, heads).uniform_(-1, 1) / math.sqrt(heads)) for _ in blocks)
-        if encoder.global_pool == "avg":
-            encoder.norm, encoder.fc_norm, encoder.global_pool = encoder.fc_norm, nn.Identity(), "token"
-        self.encoder, self.norm_pix_loss = encoder, norm_pix_loss
+            torch.empty(teacher_heads, heads).uniform_(-1, 1) / math.sqrt(heads) for _ in blocks)
+        if encoder.global_pool == "avg":     # changes the caller's: MAE normalizes every token
+            encoder.norm = encoder.fc_norm
+            encoder.fc_norm = nn.Identity()
+            encoder.global_pool = "token"
+        self.encoder = encoder
+        self.norm_pix_loss = norm_pix_loss
         pixels = encoder.patch_size ** 2 * encoder.patch_embed.proj.in_channels
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(vit.sincos_position(decoder_dim, encoder.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(vit.Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        table = vit.sincos_position(decoder_dim, encoder.grid)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            vit.Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, pixels)
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             vit.init_weights(part)
 
-    def decode(self, x, ids_restore, grid):
-        """Encoded tokens `(B, 1 + n, D)`, class token first, to a prediction for every patch, `(B, L, p*p*3)`."""
-        x = self.decoder_embed(x)
+    def decode(self, latent, ids_restore):
+        """Encoded class token and patches `(B, 1 + n, D)` to a prediction per patch, `(B, L, p*p*3)`."""
+        x = self.decoder_embed(latent)
         B, L = ids_restore.shape
-        mask_tokens = self.mask_token.to(x.dtype).expand(B, L + 1 - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)                            # kept, then removed
-        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))  # back in raster order
-        x = torch.cat([x[:, :1], patches], dim=1) + vit.resize_position(self.decoder_pos_embed, grid)
+        removed = L - (x.shape[1] - 1)    # without the class token
+        patches = torch.cat([x[:, 1:], self.mask_token.expand(B, removed, -1)], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].expand_as(patches))    # in raster order
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
-            x, _ = block(x)
+            x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def target(self, images):
-        """What is to be predicted, `(B, L, p*p*3)`: pixels, by default normalised per patch (Sec. 3; variance with n - 1)."""
+        """The pixels to predict, `(B, L, p*p*3)`, by default normalized per patch (norm-pix, Sec. 3)."""
         target = patchify(images, self.encoder.patch_size)
-        if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        return target
+        if not self.norm_pix_loss:
+            return target
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)    # unbiased variance
+        return (target - mean) / (var + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None, teacher_scores=()):
-        """images `(B, 3, H, W)` -> loss (a number), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = removed and counted; L_attn.
-
-        `teacher_scores`: for each distilled block the teacher's scores of the same visible patches, `(B, h, n, n)`.
-        L_attn is their mean over the blocks, 0 without them.
-        """
-        grid = [side // self.encoder.patch_size for side in images.shape[-2:]]
-        tokens = self.encoder.embed(images)                                            # (B, L, D)
-        kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)            # (B, n, D)
-        x, extras = self.encoder.encode(kept, self.blocks) if teacher_scores else (self.encoder.encode(kept), None)
-        latent = self.encoder.norm(x)                                                  # (B, n, D)
-        pred = self.decode(latent, ids_restore, grid)
-        error = ((pred.to(images.dtype) - self.target(images)) ** 2).mean(dim=-1)      # (B, L), in the images' precision
-        loss = (error * mask).sum() / mask.sum().clamp(min=1)                          # nothing removed: loss 0
-        attention_loss = sum(attention_distillation_loss(extras.attention[block], scores, head_map) / len(self.blocks)
-                             for block, scores, head_map in zip(self.blocks, teacher_scores, self.head_maps))
+        """images `(B, 3, H, W)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = removed,
+        attention_loss (scalar, of all blocks). `teacher_scores`: from `Teacher`."""
+        tokens = self.encoder.embed(images)                                    # (B, L, D), with position
+        kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)    # (B, n, D)
+        x, extras = self.encoder.encode(kept, attention=self.blocks, hidden=True)
+        latent = self.encoder.norm(x)    # (B, 1 + n, D)
+        pred = self.decode(latent, ids_restore)
+        error = (pred.to(images.dtype) - self.target(images)) ** 2             # float32, also with --amp
+        loss = (error.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)     # of removed patches only
+        scores = [extras.attention[block] for block in self.blocks]
+        attention_loss = sum(map(attention_distillation_loss, scores, teacher_scores, self.head_maps))
         return loss, pred, mask, attention_loss
 
 
 class Teacher(nn.Module):
-    """A frozen encoder, cut off after the last block whose scores are wanted; `blocks` are indices into its blocks."""
+    """A frozen encoder, cut after the last of `blocks`."""
 
     def __init__(self, encoder, blocks):
         super().__init__()
         encoder.blocks = encoder.blocks[:max(blocks) + 1]
-        self.encoder, self.blocks = encoder.eval().requires_grad_(False), blocks
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.blocks = blocks
 
     @torch.no_grad()
     def forward(self, images, mask_ratio, noise):
-        """Scores `(B, h, n, n)` of each wanted block, for the patches that `noise` leaves the student."""
+        """Each block's scores, `(B, h, n, n)`, of the patches that the student sees."""
         kept, _, _ = random_masking(self.encoder.embed(images), mask_ratio, noise)
         _, extras = self.encoder.encode(kept, attention=self.blocks)
         return [extras.attention[block] for block in self.blocks]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-@torch.no_grad()
-def draw_reconstructions(path, model, images, args, title):
-    """Held-out images, what the encoder saw, the output, and the output with the visible patches pasted in, as PNG.
-
-    `images (n, 3, S, S)` normalised. Norm-pix is undone with each patch's own mean and deviation.
-    """
-    model.eval()
-    p = args.patch_size
-    noise = torch.rand(len(images), model.encoder.grid ** 2, generator=torch.Generator().manual_seed(0)).to(images.device)
-    _, pred, mask, _ = model.forward(images, args.mask_ratio, noise)  # not the compiled call: these are fewer images
-    model.train()
-    original, pred, mask = patchify(images, p), pred.to(images.dtype), mask[:, :, None]
-    if model.norm_pix_loss:
-        pred = pred * (original.var(-1, keepdim=True) + 1e-6).sqrt() + original.mean(-1, keepdim=True)
-    rows = {"original": original, "masked": original * (1 - mask), "output": pred,
-            "output +\nvisible": original * (1 - mask) + pred * mask}
-    figure, axes = plt.subplots(len(rows), len(images), figsize=(1.15 * len(images) + 0.6, 4.9), squeeze=False)
-    std, mean = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.std, args.mean))
-    for axis_row, (name, patches) in zip(axes, rows.items()):
-        pixels = (unpatchify(patches, p) * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        for axis, image in zip(axis_row, pixels):
-            axis.imshow(image)
-            axis.set(xticks=[], yticks=[])
-        axis_row[0].set_ylabel(name)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def draw_curve(folder, title):
-    """Both losses over the epochs, from log.jsonl, as loss.png."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, name, label in zip(axes, ("loss", "attention"), ("loss on removed patches", "attention distillation loss (Eq. 3)")):
-        axis.plot([entry["epoch"] for entry in entries], [entry[name] for entry in entries])
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=100)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def draw_attention(path, teacher, students, image, args):
-    """Where the class token looks in an image `(1, 3, S, S)`, head by head: the teacher, and students `{name: model}` through M."""
-    noise, side = torch.rand(1, teacher.encoder.grid ** 2, device=image.device), teacher.encoder.grid
-    scores = {"teacher": teacher.forward(image, 0, noise)[-1]}                         # nothing removed: (1, h, N, N), in noise's order
-    for name, model in students.items():
-        kept, _, restore = random_masking(model.encoder.embed(image), 0, noise)
-        _, extras = model.encoder.encode(kept, attention=model.blocks[-1:])
-        scores[name] = torch.einsum("ts,bsij->btij", model.head_maps[-1], extras.attention[model.blocks[-1]])
-    maps = {name: x[0, :, 0, 1:].softmax(-1)[:, restore[0]].cpu() for name, x in scores.items()}     # (h, L)
-    heads = min(12, len(maps["teacher"]))
-    figure, axes = plt.subplots(len(maps), heads + 1, figsize=(0.8 * heads + 1.6, 0.85 * len(maps) + 0.75), squeeze=False)
-    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (args.std, args.mean))
-    for axis_row, (name, attention) in zip(axes, maps.items()):
-        axis_row[0].imshow((image[0].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0))
-        agreement = torch.minimum(attention, maps["teacher"]).sum(-1).mean()           # 1: the same distribution
-        axis_row[0].set_ylabel(name if name == "teacher" else f"{name}\noverlap {agreement:.2f}", fontsize=7)
-        for axis, one, reference in zip(axis_row[1:], attention, maps["teacher"]):
-            axis.imshow(one.view(side, side), vmin=0, vmax=reference.max(), cmap="viridis")
-        for axis in axis_row:
-            axis.set(xticks=[], yticks=[])
-    for head, axis in enumerate(axes[0, 1:]):
-        axis.set_title(f"head {head + 1}", fontsize=8)
-    figure.suptitle("Where the class token looks in the last distilled block: the teacher, and the student through M", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------- data (the same in every script)
-
-class BadInput(Exception):
-    """Something the user can mend: one line that names it, exit code 2."""
-
-
-@dataclass
-class Data:
-    """Images on disk (`files`) or, where they are small, in memory (`pixels (n, 3, H, W)` uint8), with labels `(n,)` or None."""
-    files: np.ndarray | None
-    pixels: torch.Tensor | None
-    labels: np.ndarray | None
-    classes: list
-
-    def __len__(self):
-        return len(self.files if self.pixels is None else self.pixels)
-
-
-NAMED = ("cifar10", "cifar100", "fashionmnist", "flowers102", "pets", "aircraft", "cars", "inat2018")
-
-
-def open_data(args, train):
-    """The training or the held-out images of `--data`, as `Data`; None when a folder has no `val/` or `test/`. BadInput."""
-    if args.data == "toy":
-        pixels, labels = vit.toy_shapes(8192 if train else 1024, args.img_size or 32, seed=0 if train else 1)
-        data = Data(None, pixels, labels.numpy(), list(vit.TOY_CLASSES))
-    else:
-        data = named_data(args, train) if args.data in NAMED else folder_data(Path(args.data), train)
-    if data is None or not train or (args.fraction == 1 and not args.long_tail):
-        return data
-    kept = subset(data, args)
-    return replace(data, files=None if data.files is None else data.files[kept],
-                   pixels=None if data.pixels is None else data.pixels[torch.from_numpy(kept)],
-                   labels=None if data.labels is None else data.labels[kept])
-
-
-def open_splits(args, rank):
-    """The training and the held-out images (None if there are none); where there is a download, rank 0 goes first."""
-    if args.download and rank > 0:
-        dist.barrier()
-    train, held_out = open_data(args, train=True), open_data(args, train=False)
-    if args.download and rank == 0 and dist.is_initialized():
-        dist.barrier()
-    if held_out is not None and (train.labels is None) == (held_out.labels is None) and train.classes != held_out.classes:
-        raise BadInput(f"--data {args.data}: the held-out images have other classes than the training images, "
-                       f"first {sorted(map(str, set(train.classes) ^ set(held_out.classes)))[0]}")
-    return train, held_out
-
-
-def folder_data(root, train):
-    """`root/train/CLASS/*`, `root/val/CLASS/*` (or `test`); for training also a folder without splits or without classes."""
-    if not root.is_dir():
-        raise BadInput(f"--data {root}: no such folder (nor one of: toy {' '.join(NAMED)})")
-    splits = [root / name for name in (("train",) if train else ("val", "test")) if (root / name).is_dir()]
-    if not splits and not train:
-        return None
-    split = splits[0] if splits else root
-    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(split, followlinks=True) for name in names
-                   if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
-    if not paths:
-        raise BadInput(f"--data {split}: no images (.jpg .jpeg .png .webp) in it")
-    kinds = [os.path.relpath(path, split).split(os.sep)[:-1] for path in paths]
-    classes = sorted({kind[0] for kind in kinds if kind}, key=lambda kind: (int(kind) if kind.isdigit() else -1, kind))
-    index = {kind: i for i, kind in enumerate(classes)}
-    labels = np.array([index[kind[0]] for kind in kinds]) if all(kinds) else None
-    files = np.array([os.fsencode(path) for path in paths])  # one block of bytes: workers share it without copying
-    if max(read_image(paths[0]).shape) > 64:
-        return Data(files, None, labels, classes)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:         # small images: decoded once, kept
-        pixels = list(pool.map(read_image, paths))
-    sizes = {tuple(image.shape) for image in pixels}
-    if len(sizes) > 1:
-        raise BadInput(f"--data {split}: small images must have one size, found {sorted(sizes)[0]} and {sorted(sizes)[1]}")
-    return Data(None, torch.stack(pixels), labels, classes)
-
-
-def named_data(args, train):
-    """A torchvision data set of the paper; training takes train + val where the paper's sizes say so."""
-    sets, root, options = torchvision.datasets, args.root, {"download": args.download}
-    try:
-        if args.data in ("cifar10", "cifar100"):
-            part = (sets.CIFAR10 if args.data == "cifar10" else sets.CIFAR100)(root, train, **options)
-            return Data(None, torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), np.array(part.targets), part.classes)
-        if args.data == "fashionmnist":  # grey, 28 px: a border makes it 32
-            part = sets.FashionMNIST(root, train, **options)
-            pixels = nn.functional.pad(part.data, (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1)
-            return Data(None, pixels, part.targets.numpy(), part.classes)
-        if args.data == "inat2018":  # torchvision's class knows no split: the challenge's own lists do
-            folder = Path(root) / "inat2018"
-            listing = json.loads((folder / ("train2018.json" if train else "val2018.json")).read_text())
-            files = {image["id"]: str(folder / image["file_name"]) for image in listing["images"]}
-            pairs = [(files[entry["image_id"]], entry["category_id"]) for entry in listing["annotations"]]
-            classes = [str(kind["id"]) for kind in listing["categories"]]
-        else:
-            parts = {"flowers102": lambda: [sets.Flowers102(root, s, **options) for s in (("train", "val") if train else ("test",))],
-                     "pets": lambda: [sets.OxfordIIITPet(root, "trainval" if train else "test", **options)],
-                     "aircraft": lambda: [sets.FGVCAircraft(root, "trainval" if train else "test", **options)],
-                     "cars": lambda: [sets.StanfordCars(root, "train" if train else "test")]}[args.data]()
-            pairs = [(str(path), label) for part in parts for path, label in
-                     (part._samples if args.data == "cars" else
-                      zip(part._images if args.data == "pets" else part._image_files, part._labels))]
-            classes = list(parts[0].classes) if hasattr(parts[0], "classes") else sorted({label for _, label in pairs})
-    except (RuntimeError, OSError, ImportError) as error:
-        if "scipy" in str(error).lower():
-            raise BadInput(f"--data {args.data}: torchvision reads its labels with SciPy: pip install scipy") from None
-        by_hand = {"cars": "its server is gone: put stanford_cars/ as torchvision lays it out",
-                   "inat2018": "put train2018.json, val2018.json and train_val2018/ (github.com/visipedia/inat_comp) into inat2018/"}
-        raise BadInput(f"--data {args.data}: not in --root {root} ({by_hand.get(args.data, '--download fetches it')}): "
-                       f"{str(error).splitlines()[0]}") from None
-    return Data(np.array([os.fsencode(path) for path, _ in pairs]), None, np.array([label for _, label in pairs]), classes)
-
-
-def subset(data, args):
-    """The sorted indices that `--fraction` (of each class) and `--long-tail` leave, chosen by `--seed`.
-
-    Long tail: class sizes of ImageNet-LT (Liu et al., 2019), a Pareto distribution with power 6, from 1280 down to 5 images.
-    """
-    labels = np.zeros(len(data), int) if data.labels is None else data.labels
-    if args.long_tail and len(np.unique(labels)) < 2:
-        raise BadInput("--long-tail: needs images in class folders")
-    rng = np.random.default_rng((args.seed, 1))
-    kinds = rng.permutation(np.unique(labels))
-    kept = []
-    for i, kind in enumerate(kinds):
-        pareto = [((k + 1) / (len(kinds) + 1)) ** (-1 / 6) - 1 for k in (i, 0)]
-        share = args.fraction * (max(5 / 1280, pareto[0] / pareto[1]) if args.long_tail else 1)
-        members = rng.permutation(np.flatnonzero(labels == kind))
-        kept.append(members[:max(1, round(share * len(members)))])
-    return np.sort(np.concatenate(kept))
-
-
-def read_image(path):
-    """Decodes a file to RGB uint8 `(3, H, W)`. BadInput naming a file that cannot be read."""
-    try:
-        return torchvision.io.decode_image(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
-    except RuntimeError as error:  # "decode_jpeg, file.cpp:171, Image is truncated": the end is for the user
-        raise BadInput(f"{path}: unreadable image ({re.split(r'[.]cpp:[0-9]+, ', str(error))[-1].splitlines()[0]})") from None
-
-
-def image_at(data, i):
-    """Image i of a `Data`, uint8 `(3, H, W)`."""
-    return read_image(os.fsdecode(data.files[i])) if data.pixels is None else data.pixels[i]
-
-
-# ------------------------------------------------------------------------- batches (the same in every script)
-# A run is a function of (seed, step): "visit" v of the endless stream of images looks at image permutation[v // n][v % n],
-# and every random number comes from (seed, step, row) or (seed, visit). So resuming, workers and ranks change nothing.
-
-class Batch(NamedTuple):
-    """A rank's micro-batch: the rows `rows` of the `count` visits from `first` on that make up step `step`."""
-    step: int
-    first: int
-    count: int
-    rows: range
-    weight: float  # of its mean loss, so that ranks and micro-batches add up to the mean over the whole step
-
-
-def seeded(*numbers):
-    """A seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def batches_of(step, visits, batch_size, accum, rank, world):
-    """The micro-batches of one step on this rank; an epoch is `visits` visits, its last step takes what is left."""
-    epoch, i = divmod(step, math.ceil(visits / batch_size))
-    first = epoch * visits + i * batch_size
-    count = min(batch_size, (epoch + 1) * visits - first)
-    rows, size = range(rank, count, world), math.ceil(batch_size / (world * accum))
-    if not rows:  # fewer images than ranks: this one looks at row 0, for nothing
-        return [Batch(step, first, count, range(1), 0.0)]
-    parts = [rows[k:k + size] for k in range(0, len(rows), size)]
-    return [Batch(step, first, count, part, len(part) * world / count) for part in parts]
-
-
-def draw(batch, *shape, seed, device):
-    """Uniform numbers `(len(batch.rows), *shape)`, the same whatever rank and micro-batch a row falls to."""
-    generator = torch.Generator(device).manual_seed(seeded(seed, batch.step, *shape))
-    numbers = torch.rand((batch.count, *shape), generator=generator, device=device)
-    return numbers[batch.rows.start:batch.rows.stop:batch.rows.step]
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(count, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def image_of(visit, count, seed):
-    return int(permutation(count, seed, visit // count)[visit % count])
-
-
-def leave_group(_):
-    """Workers outlive a SIGTERM to the whole process group (torchrun, a scheduler, Ctrl-C): the run then ends in order."""
-    os.setpgrp()
-
-
-class Crops(torch.utils.data.Dataset):
-    """Visit v gives `crops` random crops of one image, uint8 `(crops, S, S, 3)`, from one decoding; then `augment` each.
-
-    Channels come last, as the decoder leaves them: the device turns a batch round faster than a core its images.
-    """
-
-    def __init__(self, data, args, crops, augment):
-        self.data, self.args, self.crops, self.augment = data, args, crops, augment
-
-    def __getitems__(self, visits):
-        batch = torch.empty(len(visits), self.crops, self.args.img_size, self.args.img_size, 3, dtype=torch.uint8)
-        for crops, visit in zip(batch, visits):
-            image = image_at(self.data, image_of(visit, len(self.data), self.args.seed))
-            rng = random.Random(f"{self.args.seed} {visit}")
-            for crop in crops:
-                crop.copy_(self.crop(image, rng).permute(1, 2, 0))
-        return batch
-
-    def crop(self, image, rng):
-        """RandomResizedCrop and flip with torchvision's distribution; plain numbers, for tensors of one cost a tenth of the decoding."""
-        H, W = image.shape[1:]
-        for _ in range(10):
-            area, ratio = H * W * rng.uniform(self.args.min_crop, 1), (4 / 3) ** rng.uniform(-1, 1)
-            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-            if 0 < h <= H and 0 < w <= W:
-                top, left = rng.randint(0, H - h), rng.randint(0, W - w)
-                break
-        else:  # the image is too long: its middle
-            h, w = min(H, round(W * 4 / 3)), min(W, round(H * 4 / 3))
-            top, left = (H - h) // 2, (W - w) // 2
-        crop = image[None, :, top:top + h, left:left + w].contiguous(memory_format=torch.channels_last)
-        crop = nn.functional.interpolate(crop, [self.args.img_size] * 2, mode="bicubic", antialias=True)[0]
-        crop = crop.flip(-1) if rng.random() < 0.5 else crop
-        if self.augment:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(rng.getrandbits(63))
-                crop = self.augment(crop)
-        return crop
-
-
-def crop_boxes(u, height, width, min_crop):
-    """RandomResizedCrop's draw for many images at once: uniform numbers `(n, 22)` to boxes `(n, 4)`: top, left, height, width."""
-    area = height * width * (min_crop + (1 - min_crop) * u[:, :10])  # ten tries each, the first that fits counts
-    ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[:, 10:20])
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w <= width) & (h <= height) & (w > 0) & (h > 0)
-    first = fits.int().argmax(1, keepdim=True)
-    whole = torch.tensor([min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))], device=u.device)
-    h, w = (torch.where(fits.any(1), x.gather(1, first)[:, 0], x0) for x, x0 in ((h, whole[0]), (w, whole[1])))
-    top, left = (u[:, 20] * (height - h + 1)).floor(), (u[:, 21] * (width - w + 1)).floor()
-    centre = ~fits.any(1)
-    return torch.stack([torch.where(centre, ((height - h) / 2).floor(), top),
-                        torch.where(centre, ((width - w) / 2).floor(), left), h, w], dim=1)
-
-
-def resize_matrix(start, length, source, size):
-    """Antialiased bicubic resampling of pixels `[start, start + length)` as matrices `(n, size, source)`."""
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(source, device=start.device) + 0.5
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
-    t = ((pixel - centre) / (length / size).clamp(min=1)).abs()     # the filter widens when shrinking
-    cubic = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
-    weights = cubic * (t < 2) * (pixel > start) * (pixel < start + length)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def crop_and_resize(images, boxes, flip, size):
-    """Crops, resizes, flips a batch on its device: uint8 `(n, 3, H, W)`, `(n, 4)`, `(n,)` to float `(n, 3, S, S)`, 0 to 255."""
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size)
-    columns = resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return (rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]).clamp(0, 255)
-
-
-def crops_of(data, batches, args, device, crops=1, augment=None):
-    """Yields, for each of an iterable of `Batch`, its images `(len(rows) * crops, 3, S, S)`, float, 0 to 255, on the device.
-
-    What lies in memory is cropped there, in batches; what lies on disk, or has a per-image `augment`, by worker processes.
-    """
-    if data.pixels is None or augment:
-        visits = ([batch.first + row for row in batch.rows] for batch in batches)
-        loader = torch.utils.data.DataLoader(
-            Crops(data, args, crops, augment), batch_sampler=visits, num_workers=args.workers,
-            collate_fn=torch.utils.data.default_convert,
-            pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None, worker_init_fn=leave_group)
-        for images in loader:
-            yield images.to(device, non_blocking=True).flatten(0, 1).permute(0, 3, 1, 2).contiguous().float()
-        return
-    pixels = data.pixels.to(device)
-    for batch in batches:
-        index = [image_of(batch.first + row, len(pixels), args.seed) for row in batch.rows]
-        u = draw(batch, crops, 23, seed=args.seed, device=device).flatten(0, 1)
-        images = pixels[torch.tensor(index, device=device)].repeat_interleave(crops, dim=0)
-        boxes = crop_boxes(u[:, :22], *images.shape[2:], args.min_crop)
-        yield crop_and_resize(images, boxes, u[:, 22] < 0.5, args.img_size)
-
-
-def centre_crops(data, index, args):
-    """Evaluation's view of some images: resized to 256/224 of the size, bicubic, centre crop; float `(n, 3, S, S)`, 0 to 255."""
-    images = []
-    for i in index:
-        image = image_at(data, i)
-        if image.shape[1:] != (args.img_size, args.img_size):
-            image = v2.functional.resize(image, round(args.img_size * 256 / 224), v2.InterpolationMode.BICUBIC, antialias=True)
-        images.append(v2.functional.center_crop(image, args.img_size))
-    return torch.stack(images).float()
-
-
-def normalize(images, args):
-    """Float images, 0 to 255, to mean 0 and deviation 1 as `--mean` and `--std` say; in place, a copy costs more than the sums."""
-    mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (args.mean, args.std))
-    return images.sub_(mean).div_(std)
-
-
-# ------------------------------------------------------------------------ training (the same in every script)
-
-def setup_distributed():
-    """One process, or one per GPU under torchrun: `(rank, ranks, device)`."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def across_ranks(*values):
-    """The mean of each number over all ranks, as Python floats."""
-    numbers = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=values[0].device) for v in values])
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-        numbers /= dist.get_world_size()
-    return numbers.tolist()
-
-
-def learning_rate(step, steps, warmup_steps, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-
-
-def parameter_groups(model, weight_decay):
-    """Optimizer groups with and without weight decay: none on 1-D tensors, class token, position embedding."""
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
-
-
-def save_checkpoint(path, **state):
-    """Writes a checkpoint beside its place, then renames it: at no moment is there half a file. BadInput on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written, disk full? ({str(error).splitlines()[0]}); the last one stays") from None
-
-
-def load_checkpoint(path, args):
-    """The checkpoint that `--resume` continues, or None where there is none yet. BadInput if it is of another run."""
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-    except Exception as error:  # torch.load fails in many ways on what is not a checkpoint
-        raise BadInput(f"{path}: not a checkpoint to resume from ({str(error).splitlines()[0]})") from None
-    free = ("out", "resume", "workers", "compile", "log_every", "max_steps", "root", "download")
-    for name, value in {"method": args.method, **vars(args)}.items():
-        if name not in free and config.get(name) != value:
-            raise BadInput(f"{path}: was trained with {name} = {config.get(name)}, now it is {value}; "
-                           "--resume continues the same run, --init starts a new one from its weights")
-    return checkpoint
-
-
-class Log:
-    """Rank 0's log.jsonl, and the same on the screen: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, folder, step, steps, rank):
-        self.path, self.active = folder / "log.jsonl", rank == 0
-        self.bar = tqdm(total=steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
-        if self.active:  # drop what was logged after the checkpoint that is resumed
-            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-            whole = [line for line in lines if line.endswith("}")]
-            self.path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-
-    def __call__(self, **entry):
-        if not self.active:
-            return
-        entry = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in entry.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.bar.set_postfix_str(f"loss {entry['loss']}")
-        if self.bar.disable:
-            print("  ".join(f"{key} {value}" for key, value in entry.items()), flush=True)
-
-
-def catch_stop():
-    """SIGTERM and Ctrl-C fill the returned list instead of ending the process: the loop saves and leaves. The second one ends it."""
-    stop, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number, _):
-        stop.append(number)
-        signal.signal(number, before[number])
-    for number in before:
-        signal.signal(number, note)
-    return stop
-
-
-def memory_gb(device):
-    """Peak memory so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
-def shared_arguments(parser):
-    """The arguments that all training scripts have."""
-    add = parser.add_argument
-    add("--data", default="toy", help=f"toy (drawn shapes), a folder with train/ and val/, or one of: {' '.join(NAMED)}")
-    add("--root", default="data", help="where the named data sets lie")
-    add("--download", action="store_true", help="fetch a named data set into --root first")
-    add("--fraction", type=float, default=1.0, help="train on this share of each class")
-    add("--long-tail", action="store_true", help="train on class sizes shaped as in ImageNet-LT")
-    add("--out", type=Path, help="folder for checkpoint, log and pictures (default: runs/ and the script's name)")
-    add("--resume", action="store_true", help="continue the run in --out, exactly")
-    add("--arch", choices=vit.ARCHS, help="the Vision Transformer: width 96, 192, 384 or 768")
-    add("--img-size", type=int, help="side of the square images, in pixels")
-    add("--patch-size", type=int, help="side of a patch, in pixels")
-    add("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="of the images, subtracted (default: ImageNet's)")
-    add("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="of the images, divided by (default: ImageNet's)")
-    add("--min-crop", type=float, help="smallest crop, as a share of the image's area")
-    add("--epochs", type=int, help="times each image is seen")
-    add("--warmup-epochs", type=float, help="epochs in which the learning rate rises from 0")
-    add("--batch-size", type=int, help="images in one update, over all ranks and accumulation steps")
-    add("--accum", type=int, default=1, help="split each update into this many smaller batches, to save memory")
-    add("--base-lr", type=float, help="learning rate for 256 images in one update; scales with --batch-size")
-    add("--weight-decay", type=float, help="AdamW's, not on 1-D tensors, class token, position")
-    add("--clip-grad", type=float, default=math.inf, help="largest norm of the gradient (default: no limit)")
-    add("--amp", choices=("bf16", "fp16", "off"), help="mixed precision (default: bf16 where the GPU has it)")
-    add("--compile", action="store_true", help="torch.compile: slow first step, faster ones after")
-    add("--workers", type=int, help="processes that decode images, per rank (default: what the machine has)")
-    add("--seed", type=int, default=0)
-    add("--log-every", type=int, default=20, help="steps between lines of the log")
-    add("--max-steps", type=int, help="stop after this many steps, the schedule unchanged")
-
-
-def resolve(args, preset, data, rank, world):
-    """Fills what the command line left open from a preset, checks it, sets `args.lr`, prints. BadInput."""
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    cuda = torch.cuda.is_available()
-    args.amp = args.amp or ("bf16" if cuda and torch.cuda.get_device_capability()[0] >= 8 else "off")
-    args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
-    for name in ("accum", "epochs", "log_every", "img_size", "patch_size", "crops_per_image", "eval_every", "max_steps"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if args.img_size % args.patch_size:
-        raise BadInput(f"--patch-size {args.patch_size} does not divide --img-size {args.img_size}")
-    parts = world * args.accum * getattr(args, "crops_per_image", 1)
-    if args.batch_size < 1 or args.batch_size % parts:
-        raise BadInput(f"--batch-size {args.batch_size} is not divisible by {parts} (ranks x --accum x --crops-per-image): "
-                       f"take {max(1, args.batch_size // parts) * parts}")
-    if not 0 <= args.warmup_epochs < args.epochs:
-        raise BadInput(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
-    if not 0 < args.fraction <= 1:
-        raise BadInput(f"--fraction {args.fraction} must be above 0, at most 1")
-    args.lr = args.base_lr * args.batch_size / 256
-    if rank == 0:
-        print(textwrap.fill("settings: " + ", ".join(f"{k} {v}" for k, v in vars(args).items()), 120, break_on_hyphens=False))
-        print(f"data: {len(data):,} training images{f' of {len(data.classes)} classes' if data.labels is not None else ''}, "
-              f"{'in memory' if data.files is None else 'decoded from disk'}")
-        print(f"batch: {world} rank{'s' * (world > 1)} x {args.batch_size // world // args.accum} images x {args.accum} accumulation "
-              f"= {args.batch_size} images; base lr {args.base_lr:g} x {args.batch_size}/256 = lr {args.lr:g}", flush=True)
-
-
-def begin_run(args, rank):
-    """Makes `--out`, writes config.json, and returns the checkpoint to continue from, or None."""
-    checkpoint = load_checkpoint(args.out / "last.pt", args) if args.resume else None
-    if dist.is_initialized():
-        dist.barrier()  # nobody renames what another still reads
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "best.pt"):
-            if checkpoint is None and (args.out / name).exists():
-                os.replace(args.out / name, args.out / f"previous-{name}")
-                print(f"{args.out} held a run: its {name} is now previous-{name} (--resume would have continued it)")
-        (args.out / "config.json").write_text(json.dumps(settings(args), indent=1) + "\n")
-    return checkpoint
-
-
-def settings(args):
-    """The arguments as plain values, for config.json and the checkpoint."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-# ------------------------------------------------------------------------------------------------ pre-training
-
-COMMON = dict(mask_ratio=0.75, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix_loss=True, weight_decay=0.05,
-              crops_per_image=1)
-PRESETS = {  # the defaults, chosen by the data: toy shapes, small images, folders of photographs (the paper's)
-    "toy": dict(COMMON, arch="toy", img_size=32, patch_size=4, min_crop=0.3, epochs=6, warmup_epochs=1, batch_size=128, base_lr=6e-3),
-    "small": dict(COMMON, arch="tiny", img_size=32, patch_size=4, min_crop=0.2, epochs=400, warmup_epochs=20, batch_size=512,
-                  base_lr=3e-4),
-    "photos": dict(COMMON, arch="tiny", img_size=224, patch_size=16, min_crop=0.08, epochs=400, warmup_epochs=40,
-                   batch_size=4096, base_lr=1.5e-4),
+# ------------------------------------------------------------ training
+
+SETTINGS = {  # argument: toy, small (32 px), photos (the paper's); meaning; minimum, maximum or choices
+    "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
+    "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
+    "patch_size":      ((4, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),
+    "mask_ratio":      ((0.75, 0.75, 0.75), "share of the patches that is removed", 0, 0.99),
+    "norm_pix_loss":   ((True, True, True), "normalize the target within each patch"),
+    "decoder_dim":     (None, "width of the decoder (default: by --arch)", 4, 4096),
+    "decoder_depth":   (None, "blocks of the decoder (default: by --arch)", 1, 100),
+    "decoder_heads":   (None, "attention heads of the decoder (default: by --arch)", 1, 100),
+    "min_crop":        ((0.3, 0.2, 0.08), "smallest crop, as a share of the image's area", 0, 1),
+    "crops_per_image": ((1, 1, 1), "crops of each loaded image; an epoch counts crops", 1, 1000),
+    "epochs":          ((6, 400, 400), "passes over the images", 1, 10 ** 6),
+    "warmup_epochs":   ((1.0, 20.0, 40.0), "epochs in which the learning rate rises", 0, 10 ** 6),
+    "batch_size":      ((128, 512, 4096), "images in an update, over ranks and --accum", 1, 10 ** 6),
+    "base_lr":         ((6e-3, 3e-4, 1.5e-4), "learning rate per 256 images of the batch", 0, 1e12),
+    "weight_decay":    ((0.05, 0.05, 0.05), "of AdamW; biases and norms have none", 0, 1),
+    "init":            (None, "start from the encoder weights of this checkpoint"),
+    "teacher":         (None, "a pre-trained ViT (toy data: trained first)"),
+    "teacher_heads":   (None, "its heads (default: 12)", 1, 1000),
+    "distill_blocks":  ("last", "of the student: last, all, or from 1, as in 6,12"),
+    "attn_weight":     (1.0, "of the attention loss", 0, 1e6),
 }
+DECODERS = {"toy": (96, 1, 3), "tiny": (96, 1, 3), "small": (192, 1, 6), "base": (512, 8, 16)}
 
 
-def build(args):
-    """The autoencoder that the arguments describe. BadInput."""
-    if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
-        raise BadInput(f"--decoder-dim {args.decoder_dim} must be divisible by 4 and by --decoder-heads {args.decoder_heads}")
-    encoder = vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size, global_pool="token")
-    return MaskedAutoencoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.norm_pix_loss,
-                             [block - 1 for block in args.distill_blocks], args.teacher_heads)
-
-
-def toy_teacher(args, rank):
-    """Without `--teacher`: a small one, which mae.py trains on the toy data, kept in the output folder."""
-    if args.data != "toy":
-        raise BadInput("--teacher: needed for any data but toy (a ViT checkpoint, such as MAE's mae_pretrain_vit_base.pth)")
-    folder = args.out / "teacher"
-    if rank == 0:
-        print(f"no --teacher: mae.py trains a small one first, in {folder}", flush=True)
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        subprocess.run([sys.executable, Path(__file__).with_name("mae.py"), "--out", folder, "--resume"], env=alone)
-        log = folder / "log.jsonl"
-        if not log.exists() or json.loads(log.read_text().splitlines()[-1])["epoch"] < 12:
-            raise BadInput(f"{folder}: the teacher's training has not finished; the same command continues it")
-    if dist.is_initialized():
-        dist.barrier()
-    return str(folder / "last.pt")
-
-
-def load_teacher(args, rank):
-    """The network of `--teacher`, cut to what is needed; resolves `--distill-blocks`. BadInput if it cannot teach this student."""
-    depth = len(vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size).blocks)
-    try:
-        blocks = range(1, depth + 1) if args.distill_blocks == ["all"] else sorted({int(b) for b in args.distill_blocks or [depth]})
-    except ValueError:
-        blocks = [0]
-    if not 1 <= blocks[0] <= blocks[-1] <= depth:
-        raise BadInput(f"--distill-blocks {' '.join(args.distill_blocks)}: numbers from 1 to {depth}, or all")
-    args.distill_blocks, args.teacher = list(blocks), args.teacher or toy_teacher(args, rank)
-    if getattr(vit.read_weights(args.teacher)[0].get("head.weight"), "ndim", 0) == 2:
-        raise BadInput(f"--teacher {args.teacher}: is a classifier (it has head.weight); a teacher is a pre-trained network")
-    encoder, _ = vit.from_weights(args.teacher, args.teacher_heads, global_pool="token")
-    if (encoder.patch_size, encoder.grid) != (args.patch_size, args.img_size // args.patch_size):
-        raise BadInput(f"--teacher {args.teacher}: patch size {encoder.patch_size}, images of {encoder.grid * encoder.patch_size} px, but "
-                       f"the student has {args.patch_size} and {args.img_size}: they must see the same patches")
-    if args.teacher_arch:
-        encoder = vit.ARCHS[args.teacher_arch](img_size=args.img_size, patch_size=args.patch_size, global_pool="token")
-        vit.load_weights(encoder, args.teacher)
-    args.teacher_heads = encoder.blocks[0].attn.num_heads
-    return Teacher(encoder, [max(1, round(block * len(encoder.blocks) / depth)) - 1 for block in args.distill_blocks])
+def make_sample(data, transform, args, i):
+    """Image i as random crops `(crops, 3, S, S)`, uint8, and the masking noise of each, `(crops, L)`."""
+    image, _ = data[i]
+    views = [transform(image) for _ in range(args.crops_per_image)]
+    return torch.stack(views), torch.rand(len(views), (args.img_size // args.patch_size) ** 2)
 
 
 def train(args):
-    rank, world, device = setup_distributed()
-    stop = catch_stop()
-    data, held_out = open_splits(args, rank)
-    resolve(args, PRESETS["toy" if args.data == "toy" else "photos" if data.pixels is None else "small"], data, rank, world)
-    teacher = load_teacher(args, rank).to(device)
+    device, stop = setup(args)
+    teacher, blocks = load_teacher(args, device)
+    # Data: an endless stream. All that is random about sample number v follows from (seed, v).
+    data = open_data(args, train=True)
+    transform = v2.Compose([
+        v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+    ])
+    stream = Stream(len(data), args.seed, functools.partial(make_sample, data, transform, args))
+    mean, std = MEAN.to(device), STD.to(device)    # of pixels from 0 to 255
+    steps = max(1, round(args.epochs * len(data) / args.batch_size))
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
 
-    # An epoch is len(data) images seen; with R crops of each decoded image that is one R-th as many visits.
-    visits, visit_batch = max(1, len(data) // args.crops_per_image), args.batch_size // args.crops_per_image
-    steps_per_epoch = math.ceil(visits / visit_batch)
-    steps, warmup_steps = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
-
+    # Model and optimizer: new, from --init, or from the checkpoint of an interrupted run.
     torch.manual_seed(args.seed)
-    model = build(args).to(device)
-    if args.init:
-        report = vit.load_weights(model.encoder, args.init)
-        if rank == 0:
-            print(f"--init {args.init}: {report}")
-    initial = copy.deepcopy(model)  # for the picture
-    checkpoint = begin_run(args, rank)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
+    encoder = vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size, global_pool="token")
+    if args.init and not args.resume:
+        print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
+    decoder = args.decoder_dim, args.decoder_depth, args.decoder_heads
+    model = MaskedAutoencoder(encoder, *decoder, args.norm_pix_loss, blocks, args.teacher_heads).to(device)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]    # biases and norms: no weight decay
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    autocast = functools.partial(torch.autocast, device.type, {"fp16": torch.float16}.get(args.amp, torch.bfloat16), args.amp != "off")
-    start = 0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
+    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
     if args.compile:
         model.compile(dynamic=False)
         teacher.compile(dynamic=False)
-    network = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
-
-    shown = data if held_out is None else held_out
-    shown_images = normalize(centre_crops(shown, range(0, len(shown), math.ceil(len(shown) / 8)), args).to(device), args)
-    which = "training" if held_out is None else "held-out"
-    log = Log(args.out, start, steps, rank)
-    save_every, draw_every = max(steps_per_epoch, steps // 100), math.ceil(steps / 10)
-    end = min(steps, start + (args.max_steps or steps))
-    plan = (batch for step in range(start, end) for batch in batches_of(step, visits, visit_batch, args.accum, rank, world))
-    crops = crops_of(data, plan, args, device, args.crops_per_image)
-    began = since = time.perf_counter()
-    step, waited, seen, losses, attention_losses = start, 0.0, 0, [], []
-
-    for step in range(start, end):
-        lr = learning_rate(step, steps, warmup_steps, args.lr)
+    network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
+    end = min(steps, step + (args.max_steps or steps))
+    batches = load(stream, step, end, args)
+    log, last_save = Log(args, step, steps), time.time()
+    while step < end:
+        lr = learning_rate(step, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        loss = attention_loss = 0
+        for part in range(args.accum):
+            images, noise = log.next(batches)    # the wait is logged
+            images = images.to(device, non_blocking=True).flatten(0, 1)    # (B, 3, S, S), uint8
+            noise = noise.to(device, non_blocking=True).flatten(0, 1)      # (B, L)
+            network.require_backward_grad_sync = part == args.accum - 1    # ranks average the last one's sum
+            inputs = (images - mean) / std, args.mask_ratio, noise
+            with autocast:
+                part_loss, _, _, part_attention = network(*inputs, teacher(*inputs))
+            scaler.scale((part_loss + args.attn_weight * part_attention) / args.accum).backward()
+            loss += part_loss.detach() / args.accum
+            attention_loss += part_attention.detach() / args.accum
 
-        loss, attention_loss = torch.zeros(2, device=device)
-        parts = batches_of(step, visits, visit_batch, args.accum, rank, world)
-        for batch in parts:
-            asked = time.perf_counter()
-            images = normalize(next(crops), args)                                           # (B, 3, S, S)
-            waited += time.perf_counter() - asked
-            noise = draw(batch, args.crops_per_image, model.encoder.grid ** 2, seed=args.seed, device=device).flatten(0, 1)
-            last = batch is parts[-1]
-            with contextlib.nullcontext() if last or world == 1 else network.no_sync():     # ranks talk once a step
-                with autocast():
-                    scores = teacher(images, args.mask_ratio, noise)
-                    part, _, _, attention_part = network(images, args.mask_ratio, noise, scores)
-                scaler.scale((part + args.distill_weight * attention_part) * batch.weight).backward()
-            loss += part.detach() * batch.weight
-            attention_loss += attention_part.detach() * batch.weight
-
-        mean_loss, mean_attention_loss, stopping = across_ranks(loss, attention_loss, float(bool(stop)))
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        if not math.isfinite(mean_loss + mean_attention_loss + (0 if scaler.is_enabled() else norm.item())):  # seen by all ranks alike, before the update
-            raise BadInput(f"step {step + 1}: the loss is {mean_loss + mean_attention_loss}, its gradient {norm:.3g} long; stopped before the update, "
-                           f"{args.out / 'last.pt'} is as it was (try --amp bf16, --clip-grad 1, a lower --base-lr; or a broken image?)")
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-
-        losses.append(mean_loss)
-        attention_losses.append(mean_attention_loss)
-        seen += parts[0].count * args.crops_per_image
-        done, step = step + 1 == end or stopping > 0, step + 1
-        saving = done or step % save_every == 0
-        log.bar.update()
-        if saving or step % args.log_every == 0:
-            now = time.perf_counter()
-            log(epoch=step / steps_per_epoch, step=step, loss=sum(losses) / len(losses),
-                attention=sum(attention_losses) / len(losses), lr=lr,
-                images_per_s=seen / (now - since), data_wait=waited / (now - since))
-            since, waited, seen, losses, attention_losses = now, 0.0, 0, [], []
-        if rank == 0 and saving:
-            save_checkpoint(args.out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), step=step, config=settings(args))
-        if rank == 0 and (done or step % draw_every == 0):
-            draw_reconstructions(args.out / "reconstruction.png", model, shown_images, args,
-                                 f"Distilled MAE {args.arch}, {which} images of {args.data}, step {step} of {steps}")
-            draw_curve(args.out, f"MAE {args.arch} on {args.data}, distilled")
-            draw_attention(args.out / "attention.png", teacher, {"student,\nstart": initial, f"student,\nstep {step}": model},
-                           shown_images[:1], args)
-        if done:
+        step += 1
+        log.window.append({"loss": loss, "attention_loss": attention_loss, "grad_norm": grad_norm})
+        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
+            continue
+        # Only here does the program wait for the device: it reads the losses, and ranks agree to stop.
+        stopping = log.write(step, stop, epoch=step * args.batch_size / len(data), lr=lr)
+        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
+            save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
+            draw_reconstructions(args, model, teacher, mean, std, step)
+            last_save = time.time()
+        if stopping:
             break
-    if rank == 0:
-        log.bar.close()
-        print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}, "
-              f"{time.perf_counter() - began:.0f} s, {memory_gb(device):.2f} GB; see {args.out}", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}")
 
 
-def reconstruct(args):
-    """Draws a checkpoint's reconstructions of held-out images, without training; this project's or a published MAE file."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their settings in one
-            checkpoint = torch.load(args.reconstruct, map_location="cpu", weights_only=True)
-        state = checkpoint["model"]
-    except Exception as error:  # torch.load fails in many ways on what is not a checkpoint
-        raise BadInput(f"--reconstruct {args.reconstruct}: not a checkpoint ({str(error).splitlines()[0]})") from None
-    unset = {"data": "toy", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    for name, value in {**PRESETS["photos"], **checkpoint.get("config", {})}.items():
-        if getattr(args, name, None) in (None, unset.get(name)):
-            setattr(args, name, value)
-    model = build(args)
-    own = model.state_dict()
-    state = {name if name in own else f"encoder.{name}": tensor for name, tensor in state.items()}  # published files are flat
-    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-        odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-        raise BadInput(f"--reconstruct {args.reconstruct}: does not fit --arch and the decoder's arguments, first at {odd[0]}")
-    model.load_state_dict(state)
-    data = open_data(args, train=False) or open_data(args, train=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    images = normalize(centre_crops(data, range(0, len(data), math.ceil(len(data) / 8)), args), args)
-    draw_reconstructions(args.out / "reconstruction.png", model, images, args, f"{args.reconstruct} on images of {args.data}")
-    print(f"drawn: {args.out / 'reconstruction.png'}")
+@torch.no_grad()
+def draw_reconstructions(args, model, teacher, mean, std, step):
+    """reconstruction.png: images, masked, output, the latter two, what class tokens attend to."""
+    data, p = open_data(args, train=False), args.patch_size
+    chosen = range(0, len(data), math.ceil(len(data) / 8))
+    crops = [center_crop(data[i][0], args.img_size) for i in chosen]
+    images = (torch.stack(crops).to(mean.device) - mean) / std
+    noise = torch.rand(len(images), model.encoder.grid ** 2, generator=torch.Generator().manual_seed(0))
+    _, pred, mask, _ = model.forward(images, args.mask_ratio, noise.to(mean.device))    # not compiled
+    original, mask = patchify(images, p), mask[:, :, None]
+    if args.norm_pix_loss:    # undo it with the original patch's mean and standard deviation
+        pred = pred * (original.var(-1, keepdim=True) + 1e-6).sqrt() + original.mean(-1, keepdim=True)
+    rows = {"original": original, "masked": original * (1 - mask), "output": pred,
+            "output +\nvisible": original * (1 - mask) + pred * mask}
+    _, extras = model.encoder.encode(model.encoder.embed(images), attention=model.blocks)
+    student = torch.einsum("ts,bsij->btij", model.head_maps[-1], extras.attention[model.blocks[-1]])
+    maps = vit.attention_maps(teacher.encoder, images, teacher.blocks[-1:])[0]
+    for name, attention in ("teacher", maps), ("student", student.softmax(dim=-1)):
+        seen = attention[:, :, 0, 1:].mean(dim=1)    # (B, L)
+        rows[f"seen by\n{name}"] = original * (seen / seen.amax(1, keepdim=True))[:, :, None]
+    figure = Figure((1.2 * len(images) + 0.5, 7.3), layout="tight")
+    axes = figure.subplots(6, len(images), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for axis_row, (name, patches) in zip(axes, rows.items()):
+        axis_row[0].set_ylabel(name)
+        for axis, image in zip(axis_row, unpatchify(patches, p) * std + mean):
+            axis.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+    figure.suptitle(f"MAE {args.arch}, {data.split} images of {args.data}, step {step}")
+    figure.savefig(args.out / "reconstruction.png")
+
+
+def toy_teacher():
+    """Lets mae.py train a toy teacher; returns whether it is finished."""
+    out = Path("runs/toy-teacher")
+    print(f"mae.py trains a teacher in {out}")
+    command = [sys.executable, Path(__file__).with_name("mae.py"), "--resume", "--out", out]
+    process = subprocess.Popen(command, env={**os.environ, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    for number in SIGNALS:    # mae.py saves and ends
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: process.terminate())
+    if process.wait() > 0:
+        raise UserError(f"{out}: mae.py failed; rename it or give --teacher")
+    if process.returncode == 0:
+        run = torch.load(out / "last.pt", weights_only=True)
+        return json.loads(run["log"].splitlines()[-1])["epoch"] >= run["config"]["epochs"]
+
+
+def load_teacher(args, device):
+    """The `Teacher` and the indices of the student's distilled blocks."""
+    weights = vit.read_weights(args.teacher)
+    encoder, report = vit.from_weights(weights, args.teacher_heads)
+    origin = "a published file"
+    if weights.config:
+        step = torch.load(args.teacher, map_location="cpu", weights_only=True)["step"]
+        origin = f"step {step} on {weights.config['data']}"
+    print(f"teacher {args.teacher}: {origin}; {report}")
+    sizes = encoder.patch_size, encoder.patch_size * encoder.grid
+    if sizes != (args.patch_size, args.img_size):
+        raise UserError(f"--teacher {args.teacher}: --patch-size and --img-size must be its own, {sizes}")
+    numbers = [str(b + 1) for b in range(vit.ARCHS[args.arch].keywords["depth"])]
+    chosen = {"last": numbers[-1:], "all": numbers}.get(args.distill_blocks, args.distill_blocks.split(","))
+    if not set(chosen) <= set(numbers):
+        raise UserError(f"--distill-blocks: last, all, or of {', '.join(numbers)}")
+    paired = [max(1, round(int(b) * len(encoder.blocks) / len(numbers))) - 1 for b in chosen]
+    args.teacher_heads = encoder.blocks[0].attn.num_heads
+    return Teacher(encoder, paired).to(device), [int(b) - 1 for b in chosen]    # from 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(method="distill")
-    shared_arguments(parser)
-    add = parser.add_argument
-    add("--mask-ratio", type=float, help="share of the patches that are removed")
-    add("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=None, help="normalise the target per patch")
-    add("--decoder-dim", type=int, help="the decoder's width")
-    add("--decoder-depth", type=int, help="the decoder's blocks")
-    add("--decoder-heads", type=int, help="the decoder's attention heads")
-    add("--crops-per-image", type=int, help="train on this many crops of each decoded image; an epoch counts crops")
-    add("--init", help="start from the encoder weights of this checkpoint")
-    add("--reconstruct", metavar="CHECKPOINT", help="only draw a checkpoint's reconstructions")
-    add("--teacher", help="a pre-trained ViT's checkpoint, any published format (default, on toy data: trained first)")
-    add("--teacher-arch", choices=vit.ARCHS, help="the teacher's network (default: read off its file, with 12 heads)")
-    add("--teacher-heads", type=int, help="its attention heads, where --teacher-arch is not given (default: 12)")
-    add("--distill-blocks", nargs="+", metavar="B", help="the student's blocks to distil, counted from 1, or all (default: the last)")
-    add("--distill-weight", type=float, default=1.0, help="of the attention loss")
+    args = parse(argv, {**SETTINGS, **TRAINING}, out="runs/distill")
+    if not args.teacher and args.data != "toy":
+        raise UserError("--teacher FILE is needed with all but toy data")
+    if not args.teacher and RANK == 0 and not toy_teacher():    # others wait in `setup`
+        return print("stopped: the teacher is not finished, run again")
+    args.teacher = args.teacher or "runs/toy-teacher/last.pt"
+    for name, value in zip(("decoder_dim", "decoder_depth", "decoder_heads"), DECODERS[args.arch]):
+        setattr(args, name, getattr(args, name) or value)
+    train(args)
+
+
+# ======================================== plumbing, start: arguments and errors
+class UserError(Exception):
+    """Invalid input: one line on stderr, exit code 2."""
+
+
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
+MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
+STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+PRESETS = ("toy", "small", "photos")    # the columns of SETTINGS
+NAMED = {"toy": "toy", "cifar10": "small", "cifar100": "small", "fashionmnist": "small"}
+COMMON = {  # argument: default; meaning; allowed values
+    "data": ("toy", f"a folder with train/ and val/, or one of: {' '.join(NAMED)}"),
+    "preset": (None, "column of the settings (default: by --data)", *PRESETS),
+    "root": ("data", "folder of CIFAR and Fashion-MNIST"),
+    "download": (False, "fetch them first"),
+    "fraction": (1.0, "train on this share of each class", 1e-9, 1),
+    "long_tail": (False, "train on class sizes shaped like ImageNet-LT's"),
+    "workers": (None, "processes that load images, per rank (default: its cores)", 0, 999),
+    "seed": (0, "seed of weights, order, crops, masks", 0, 2 ** 32 - 1),
+}
+
+
+def parse(argv, settings, out):
+    """The arguments of `COMMON` and `settings`; a tuple has a default per preset. UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    table = {"out": (Path(out), "folder of the results"), **COMMON, **settings}
+    for name, (default, meaning, *allowed) in table.items():
+        values = default if isinstance(default, tuple) else (default,)
+        kind = type([value for value in (*values, *allowed, "") if value is not None][0])
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if allowed and kind is str:
+            options["choices"] = allowed
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **options)
+    parser.set_defaults(**{name: row[0] for name, row in table.items() if not isinstance(row[0], tuple)})
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / args.method
-    if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
-        raise BadInput(f"--mask-ratio {args.mask_ratio} must be at least 0, below 1")
-    reconstruct(args) if args.reconstruct else train(args)
+    args.preset = args.preset or NAMED.get(args.data, "photos")
+    for name, (default, _, *allowed) in table.items():
+        if getattr(args, name) is None and isinstance(default, tuple):
+            setattr(args, name, default[PRESETS.index(args.preset)])
+        value = getattr(args, name)
+        if allowed and isinstance(value, (int, float)) and not allowed[0] <= value <= allowed[1]:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not from {allowed[0]} to {allowed[1]}")
+    return args
 
 
-def run(main):
-    """Runs a script: what the user can mend ends it with one line on stderr and exit code 2."""
+def refuse(reason):
+    raise UserError(str(reason))
+
+
+def run(main, leave=os._exit):
+    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
-    except (BadInput, vit.WeightsError, OSError) as error:  # a worker's error arrives with its traceback: the last line says it
-        line = str(error).strip().splitlines()[-1].split("BadInput: ")[-1]
-        sys.stderr.write(f"error: {line}\n")  # in one piece: several ranks may write
-        sys.stderr.flush()
-        os._exit(2) if dist.is_initialized() else sys.exit(2)
+    except Exception as error:
+        line = traceback.format_exc()
+        if isinstance(error, (UserError, vit.InputError, OSError)):
+            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+            line = "error: a process that loads images was killed (out of memory?)"
+        print(line, file=sys.stderr, flush=True)
+        leave(2)    # waits neither for other ranks nor for workers
 
+
+# ======================================== plumbing, data: images and the sample stream
+
+class Folder(torchvision.datasets.ImageFolder):
+    """Images below a folder: each top folder is a class; without such folders all labels are 0."""
+
+    def __init__(self, root):
+        seen = set()
+        for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
+            if os.path.realpath(folder) in seen:
+                raise UserError(f"{folder}: links lead here twice, its images would count twice")
+            seen.add(os.path.realpath(folder))
+        super().__init__(root, transform=to_tensor, loader=read_image)
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir()) or [""]
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def read_image(path):
+    """A file as a PIL image. UserError that names it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:    # PIL raises many types
+        raise UserError(f"{path}: unreadable image ({error!r:.200})") from None
+    if image.mode[0] in "IF":
+        raise UserError(f"{path}: more than 8 bits a pixel (PIL mode {image.mode})")
+    return image
+
+
+def to_tensor(image):
+    """A PIL image as an RGB uint8 tensor, `(3, H, W)`."""
+    image = image.convert("RGBA") if image.mode == "P" else image    # else PIL warns of transparency
+    return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def open_data(args, train):
+    """One split: `data[i] -> (uint8 tensor (3, H, W), label)`, with `targets`, `classes`, `split`."""
+    root = Path(args.data)
+    if args.data == "toy":
+        data = vit.ToyShapes(train, args.img_size)
+    elif args.data in NAMED:
+        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
+        dataset = getattr(torchvision.datasets, names[args.data])
+        if args.download and train and LOCAL_RANK == 0:    # one process of each node gets both splits
+            dataset(args.root, train, download=True)
+        if args.download and train and WORLD > 1:
+            dist.barrier()
+        try:
+            data = dataset(args.root, train, transform=to_tensor)
+        except RuntimeError:
+            raise UserError(f"--data {args.data}: not in --root {args.root}; --download fetches it") from None
+    elif not root.is_dir():
+        raise UserError(f"--data {root}: no such folder, nor one of: {' '.join(NAMED)}")
+    else:
+        tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
+        if not train and not tests:    # training images also serve for evaluation
+            return open_data(args, train=True)
+        split = root / "train" if tests or (root / "train").is_dir() else root
+        data = Folder(str(split if train else tests[0]))
+    if train and (args.fraction < 1 or args.long_tail):
+        whole, targets = data, np.array(data.targets)
+        data = Subset(whole, subset(targets, args))
+        data.targets, data.classes = targets[data.indices], whole.classes
+    data.split = "training" if train else "validation"
+    return data
+
+
+def subset(targets, args):
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    rng = np.random.default_rng((args.seed, 1))
+    classes = rng.permutation(np.unique(targets))
+    pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1
+    shares = np.maximum(pareto / pareto[0], 5 / 1280) if args.long_tail else np.ones(len(classes))
+    members = [rng.permutation(np.flatnonzero(targets == label)) for label in classes]
+    counts = [max(1, round(args.fraction * share * len(m))) for share, m in zip(shares, members)]
+    return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
+
+
+def center_crop(image, size):
+    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, bicubic, center crop."""
+    if image.shape[1:] != (size, size):
+        image = v2.functional.resize(image, round(size * 256 / 224), v2.InterpolationMode.BICUBIC)
+    return v2.functional.center_crop(image, size)
+
+
+class Stream(Dataset):
+    """Endless samples of n images: sample v is `make(i)`, i = permutation(seed, v // n)[v % n].
+
+    All that is random about it comes from (seed, v). Step s is samples [s B, (s + 1) B), every R-th of
+    them for a rank of R. So resuming, workers, ranks and accumulation change nothing.
+    """
+
+    def __init__(self, n, seed, make):
+        self.n, self.seed, self.make, self.epoch = n, seed, make, None
+
+    def __getitem__(self, v):
+        if v // self.n != self.epoch:
+            self.epoch = v // self.n
+            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
+        torch.default_generator.manual_seed(int(seed))    # uses 32 bits
+        return self.make(self.order[v % self.n])
+
+
+def load(stream, step, end, args):
+    """This rank's batches from `step` to `end`, --accum a step; workers are at most two ahead."""
+    batch = args.batch_size // getattr(args, "crops_per_image", 1)
+    batches = (list(range(s * batch + RANK, (s + 1) * batch, WORLD)[part::args.accum])
+               for s in range(step, end) for part in range(args.accum))
+    cuda = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = 0 if args.data in NAMED and not cuda else workers    # 0: images in memory
+    return iter(DataLoader(stream, batch_sampler=batches, pin_memory=cuda, worker_init_fn=ignore_signals,
+                           num_workers=workers if args.workers is None else args.workers))
+
+
+def ignore_signals(_):
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ======================================== plumbing, training: ranks, checkpoints, log
+
+TRAINING = {  # argument: default; meaning; allowed values
+    "resume": (False, "continue the run in --out exactly"),
+    "accum": (1, "micro-batches in an update, to save memory", 1, 10 ** 6),
+    "clip_grad": (None, "largest norm of the gradient", 1e-9, 1e9),
+    "amp": (None, "mixed precision (default: bf16 or fp16 on a GPU)", "bf16", "fp16", "off"),
+    "compile": (False, "torch.compile: a slow first step, then faster ones"),
+    "log_every": (10, "steps between lines of the log", 1, 10 ** 9),
+    "save_minutes": (5.0, "minutes between checkpoints and figures", 0, 10 ** 9),
+    "max_steps": (None, "stop after this many steps, the schedule unchanged", 1, 10 ** 9),
+}
+FREE = {*TRAINING, *COMMON, "out", "init", "teacher"} - {"clip_grad", "amp", "fraction", "long_tail", "seed"}
+
+
+def setup(args):
+    """Prints the settings, joins the other ranks; returns the device and a set that signals fill."""
+    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        args.amp = args.amp or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+    args.amp = args.amp or "off"
+    args.resume = args.resume and (args.out / "last.pt").exists()
+    batch, parts = args.batch_size, WORLD * args.accum * getattr(args, "crops_per_image", 1)
+    if batch % parts:
+        raise UserError(f"--batch-size {batch}: must be a multiple of {parts}, ranks x accum x crops")
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    print("settings:", ", ".join(f"{name} {value}" for name, value in vars(args).items()))
+    print(f"batch: {WORLD} ranks x {batch // WORLD // args.accum} images x {args.accum} accum = {batch};",
+          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    stop = set()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:    # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: stop.add(number))
+    return device, stop
+
+
+def learning_rate(step, steps, warmup, lr, min_lr=0.0):
+    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    if step < warmup:
+        return lr * step / warmup
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def start(args, data, **parts):
+    """Fills `parts` from last.pt, read by rank 0, and returns its step. A new run makes --out: 0."""
+    images, path = getattr(data, "dataset", data), args.out / "last.pt"
+    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", [])) or args.data
+    args.images = f"{len(data)} {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
+    shared = [None, args.images]
+    if args.resume and RANK == 0:
+        try:
+            shared[0] = torch.load(path, map_location="cpu", weights_only=True)
+            config = shared[0]["config"]
+        except Exception as error:    # torch.load raises many types
+            raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
+        for name, value in vars(args).items():
+            if name not in FREE and config.get(name) != value:
+                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {value}")
+        (args.out / "log.jsonl").write_text(shared[0]["log"])
+    if WORLD > 1:
+        dist.barrier()    # every rank has read --init, which may lie in --out
+        dist.broadcast_object_list(shared)
+    if shared[1] != args.images:
+        raise UserError(f"--data {args.data}: rank {RANK} has other images than rank 0")
+    if shared[0]:
+        for name, part in parts.items():
+            part.load_state_dict(shared[0][name])
+        return shared[0]["step"]
+    if RANK == 0:
+        out = args.out.absolute()
+        if (out / "config.json").exists():
+            free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
+            old = out.rename(next(path for path in free if not path.exists()))
+            print(f"{out} already contains a run: renamed to {old}")
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"new run in {out}")
+        (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
+    return 0
+
+
+def save(args, name, step, **parts):
+    """Writes a temporary file, flushes it to disk, renames it: never half a checkpoint."""
+    path, temporary = args.out / name, args.out / f"{name}.tmp"
+    state = {part: module.state_dict() for part, module in parts.items()}
+    state.update(step=step, config={**vars(args), "out": str(args.out)})
+    state["log"] = (args.out / "log.jsonl").read_text()
+    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
+        raise UserError(f"step {step}: a weight is not finite; {path} is unchanged")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is unchanged") from None
+
+
+class Log:
+    """Keeps the scalars of the last steps, on the device, until `write` logs their means."""
+
+    def __init__(self, args, step, steps):
+        self.args, self.window, self.waited, self.since = args, [], 0.0, time.time()
+        self.bar = tqdm(total=steps, initial=step, disable=RANK > 0 or not sys.stderr.isatty())
+
+    def next(self, batches):
+        """The next batch; its time counts as waiting for data."""
+        began = time.time()
+        batch = next(batches)
+        self.waited += time.time() - began
+        return batch
+
+    def write(self, step, stop, **entry):
+        """Logs means over steps and ranks; returns whether any rank is to stop. UserError."""
+        table = torch.stack([torch.stack(list(scalars.values())) for scalars in self.window]).float()
+        stopping = table.new_tensor(bool(stop))
+        if WORLD > 1:
+            dist.all_reduce(stopping)
+            dist.all_reduce(table)
+        table = table.cpu() / WORLD                                       # (steps, scalars), grad_norm last
+        required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
+        bad = (~required.isfinite().all(dim=1)).tolist()
+        if any(bad):
+            raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
+                            "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
+        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
+        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
+        speed = len(table) * self.args.batch_size / seconds
+        entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
+        entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}
+        if RANK == 0:
+            with (self.args.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.bar.update(step - self.bar.n)
+            tqdm.write("  ".join(f"{name} {value:g}" for name, value in entry.items()))
+        self.window, self.waited, self.since = [], 0.0, time.time()
+        return stopping.item() > 0
+
+
+# ======================================== the end of the plumbing
 
 if __name__ == "__main__":
     run(main)

@@ -12,7 +12,7 @@ encoder is kept. Recipe: "A Closer Look at Self-Supervised Lightweight Vision Tr
     8 GPUs     torchrun --nproc_per_node=8 mae.py --data DIR  # the paper's run: 400 epochs, batch 4096
     two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST mae.py ...
 Results in --out: config.json, log.jsonl, last.pt, reconstruction.png. --resume continues exactly.
-Shapes: B images, L patches, D width, p patch size. Read up to the end of `train`, skip the plumbing.
+Shapes: B images, L patches, n kept, D width, p patch size, S image size. Read up to the end of `train`.
 """
 import argparse
 import functools
@@ -23,15 +23,15 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -42,7 +42,7 @@ import vit
 # ------------------------------------------------------------ the method
 
 def patchify(images, patch_size):
-    """`(B, 3, H, W) -> (B, L, p*p*3)`: patches in raster order, their pixels in order (p, p, 3)."""
+    """`(B, 3, H, W) -> (B, L, p*p*3)`: patches row by row, each as (p, p, 3)."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
@@ -60,7 +60,7 @@ def random_masking(tokens, mask_ratio, noise=None):
     """Keeps the `int(L * (1 - mask_ratio))` tokens with the smallest noise (MAE, Sec. 3).
 
     tokens `(B, L, D)`, noise `(B, L)`, uniform. Returns the kept tokens `(B, n, D)`, the mask `(B, L)`,
-    1 = removed, and `ids_restore (B, L)`: patch l is entry `ids_restore[l]` of (kept, then removed).
+    1 = removed, and `ids_restore (B, L)`: patch i is entry `ids_restore[i]` of (kept, then removed).
     """
     B, L, D = tokens.shape
     noise = torch.rand(B, L, device=tokens.device) if noise is None else noise
@@ -77,7 +77,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix_loss=True):
         super().__init__()
-        if encoder.global_pool == "avg":     # MAE normalizes every token, not their mean
+        if encoder.global_pool == "avg":     # changes the caller's: MAE normalizes every token
             encoder.norm = encoder.fc_norm
             encoder.fc_norm = nn.Identity()
             encoder.global_pool = "token"
@@ -100,7 +100,7 @@ class MaskedAutoencoder(nn.Module):
         """Encoded class token and patches `(B, 1 + n, D)` to a prediction per patch, `(B, L, p*p*3)`."""
         x = self.decoder_embed(latent)
         B, L = ids_restore.shape
-        removed = L - (x.shape[1] - 1)
+        removed = L - (x.shape[1] - 1)    # without the class token
         patches = torch.cat([x[:, 1:], self.mask_token.expand(B, removed, -1)], dim=1)
         patches = patches.gather(1, ids_restore[:, :, None].expand_as(patches))    # in raster order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
@@ -113,7 +113,7 @@ class MaskedAutoencoder(nn.Module):
         target = patchify(images, self.encoder.patch_size)
         if not self.norm_pix_loss:
             return target
-        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)    # var divides by n - 1
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)    # unbiased variance
         return (target - mean) / (var + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None):
@@ -129,29 +129,29 @@ class MaskedAutoencoder(nn.Module):
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument:   toy    32 px  photographs (the paper's); meaning; allowed values
+SETTINGS = {  # argument: toy, small (32 px), photos (the paper's); meaning; minimum, maximum or choices
     "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
-    "img_size":        ((32, 32, 224), "side of the images, in pixels"),
-    "patch_size":      ((4, 4, 16), "side of a patch, in pixels"),
+    "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
+    "patch_size":      ((4, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),
     "mask_ratio":      ((0.75, 0.75, 0.75), "share of the patches that is removed", 0, 0.99),
     "norm_pix_loss":   ((True, True, True), "normalize the target within each patch"),
     "decoder_dim":     (None, "width of the decoder (default: by --arch)", 4, 4096),
     "decoder_depth":   (None, "blocks of the decoder (default: by --arch)", 1, 100),
     "decoder_heads":   (None, "attention heads of the decoder (default: by --arch)", 1, 100),
     "min_crop":        ((0.3, 0.2, 0.08), "smallest crop, as a share of the image's area", 0, 1),
-    "crops_per_image": ((1, 1, 1), "crops of each decoded image; an epoch counts crops", 1, 1000),
-    "epochs":          ((12, 400, 400), "times that each image is seen", 1, 10 ** 6),
+    "crops_per_image": ((1, 1, 1), "crops of each loaded image; an epoch counts crops", 1, 1000),
+    "epochs":          ((12, 400, 400), "passes over the images", 1, 10 ** 6),
     "warmup_epochs":   ((1.0, 20.0, 40.0), "epochs in which the learning rate rises", 0, 10 ** 6),
     "batch_size":      ((128, 512, 4096), "images in an update, over ranks and --accum", 1, 10 ** 6),
     "base_lr":         ((6e-3, 3e-4, 1.5e-4), "learning rate per 256 images of the batch", 0, 1e12),
-    "weight_decay":    ((0.05, 0.05, 0.05), "AdamW's, not on 1-D tensors", 0, 1),
+    "weight_decay":    ((0.05, 0.05, 0.05), "of AdamW; biases and norms have none", 0, 1),
     "init":            (None, "start from the encoder weights of this checkpoint"),
 }
 DECODERS = {"toy": (96, 1, 3), "tiny": (96, 1, 3), "small": (192, 1, 6), "base": (512, 8, 16)}
 
 
 def make_sample(data, transform, args, i):
-    """Image i as R random crops `(R, 3, S, S)`, uint8, and the masking noise of each, `(R, L)`."""
+    """Image i as random crops `(crops, 3, S, S)`, uint8, and the masking noise of each, `(crops, L)`."""
     image, _ = data[i]
     views = [transform(image) for _ in range(args.crops_per_image)]
     return torch.stack(views), torch.rand(len(views), (args.img_size // args.patch_size) ** 2)
@@ -159,16 +159,16 @@ def make_sample(data, transform, args, i):
 
 def train(args):
     device, stop = setup(args)
-    # Data: an endless stream of samples. All that is random about sample v follows from (seed, v).
+    # Data: an endless stream. All that is random about sample number v follows from (seed, v).
     data = open_data(args, train=True)
     transform = v2.Compose([
         v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
     ])
     stream = Stream(len(data), args.seed, functools.partial(make_sample, data, transform, args))
-    mean, std = MEAN.to(device), STD.to(device)
+    mean, std = MEAN.to(device), STD.to(device)    # of pixels from 0 to 255
     steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = round(args.warmup_epochs * len(data) / args.batch_size)
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
 
     # Model and optimizer: new, from --init, or from the checkpoint of an interrupted run.
     torch.manual_seed(args.seed)
@@ -182,45 +182,44 @@ def train(args):
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)     # 0 for a new run
+    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
     if args.compile:
         model.compile(dynamic=False)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    low = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, low, enabled=args.amp != "off")
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
     end = min(steps, step + (args.max_steps or steps))
     batches = load(stream, step, end, args)
-    log, saved = Log(args, step, steps), time.time()
+    log, last_save = Log(args, step, steps), time.time()
     while step < end:
         lr = learning_rate(step, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = 0
         for part in range(args.accum):
-            images, noise = log.next(batches)
+            images, noise = log.next(batches)    # the wait is logged
             images = images.to(device, non_blocking=True).flatten(0, 1)    # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)      # (B, L)
-            network.require_backward_grad_sync = part == args.accum - 1    # ranks exchange gradients once
+            network.require_backward_grad_sync = part == args.accum - 1    # ranks average the last one's sum
             with autocast:
                 part_loss, _, _ = network((images - mean) / std, args.mask_ratio, noise)
             scaler.scale(part_loss / args.accum).backward()
             loss += part_loss.detach() / args.accum
-
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         step += 1
         log.window.append({"loss": loss, "grad_norm": grad_norm})
-        if step % args.log_every and step < end and not (stop and WORLD == 1):
+        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
             continue
-        # Nothing above waits for the device. Now the losses are read; one that is not finite is an error.
+        # Only here does the program wait for the device: it reads the losses, and ranks agree to stop.
         stopping = log.write(step, stop, epoch=step * args.batch_size / len(data), lr=lr)
-        if RANK == 0 and (step == end or stopping or time.time() - saved > 60 * args.save_minutes):
+        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
             save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
             draw_reconstructions(args, model, mean, std, step)
-            saved = time.time()
+            last_save = time.time()
         if stopping:
             break
     print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}")
@@ -236,7 +235,7 @@ def draw_reconstructions(args, model, mean, std, step):
     noise = torch.rand(len(images), model.encoder.grid ** 2, generator=torch.Generator().manual_seed(0))
     _, pred, mask = model.forward(images, args.mask_ratio, noise.to(mean.device))    # not compiled
     original, mask = patchify(images, p), mask[:, :, None]
-    if args.norm_pix_loss:    # undo it with the patch's own mean and standard deviation
+    if args.norm_pix_loss:    # undo it with the original patch's mean and standard deviation
         pred = pred * (original.var(-1, keepdim=True) + 1e-6).sqrt() + original.mean(-1, keepdim=True)
     rows = {"original": original, "masked": original * (1 - mask), "output": pred,
             "output +\nvisible": original * (1 - mask) + pred * mask}
@@ -258,14 +257,12 @@ def main(argv=None):
 
 
 # ======================================== plumbing, start: arguments and errors
-# The plumbing is the same text in every script that has it. Read it once, skip it for good.
 class UserError(Exception):
     """Invalid input: one line on stderr, exit code 2."""
 
 
-RANK = int(os.environ.get("RANK", 0))    # torchrun sets these
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -312,25 +309,25 @@ def refuse(reason):
     raise UserError(str(reason))
 
 
-def run(main):
-    """Runs a script. Invalid input, also in a worker process, ends it with one line and exit code 2."""
+def run(main, leave=os._exit):
+    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
-    except (UserError, vit.InputError, OSError, EOFError, RuntimeError) as error:
-        killed = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
-        if isinstance(error, RuntimeError) and not killed:
-            raise
-        line = "a process that loads images was killed (out of memory?)"
-        if not killed:
-            line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        (os._exit if killed or WORLD > 1 else sys.exit)(2)    # waits for no other process
+    except Exception as error:
+        line = traceback.format_exc()
+        if isinstance(error, (UserError, vit.InputError, OSError)):
+            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+            line = "error: a process that loads images was killed (out of memory?)"
+        print(line, file=sys.stderr, flush=True)
+        leave(2)    # waits neither for other ranks nor for workers
 
 
 # ======================================== plumbing, data: images and the sample stream
 
 class Folder(torchvision.datasets.ImageFolder):
-    """The images below a folder; a class is a folder at its top, without any all labels are 0."""
+    """Images below a folder: each top folder is a class; without such folders all labels are 0."""
 
     def __init__(self, root):
         seen = set()
@@ -350,7 +347,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image.load()
-    except Exception as error:    # PIL raises many kinds
+    except Exception as error:    # PIL raises many types
         raise UserError(f"{path}: unreadable image ({error!r:.200})") from None
     if image.mode[0] in "IF":
         raise UserError(f"{path}: more than 8 bits a pixel (PIL mode {image.mode})")
@@ -359,7 +356,7 @@ def read_image(path):
 
 def to_tensor(image):
     """A PIL image as an RGB uint8 tensor, `(3, H, W)`."""
-    image = image.convert("RGBA") if image.mode == "P" else image    # a palette may hold transparency
+    image = image.convert("RGBA") if image.mode == "P" else image    # else PIL warns of transparency
     return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
@@ -369,10 +366,11 @@ def open_data(args, train):
     if args.data == "toy":
         data = vit.ToyShapes(train, args.img_size)
     elif args.data in NAMED:
-        dataset = {name.lower(): kind for name, kind in vars(torchvision.datasets).items()}[args.data]
-        if args.download and LOCAL_RANK == 0:    # one process of each node
+        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
+        dataset = getattr(torchvision.datasets, names[args.data])
+        if args.download and train and LOCAL_RANK == 0:    # one process of each node gets both splits
             dataset(args.root, train, download=True)
-        if args.download and WORLD > 1:
+        if args.download and train and WORLD > 1:
             dist.barrier()
         try:
             data = dataset(args.root, train, transform=to_tensor)
@@ -381,10 +379,11 @@ def open_data(args, train):
     elif not root.is_dir():
         raise UserError(f"--data {root}: no such folder, nor one of: {' '.join(NAMED)}")
     else:
-        splits = [root / name for name in (["train"] if train else ["val", "test"]) if (root / name).is_dir()]
-        if not splits and not train:    # training images also serve for evaluation
+        tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
+        if not train and not tests:    # training images also serve for evaluation
             return open_data(args, train=True)
-        data = Folder(str([*splits, root][0]))
+        split = root / "train" if tests or (root / "train").is_dir() else root
+        data = Folder(str(split if train else tests[0]))
     if train and (args.fraction < 1 or args.long_tail):
         whole, targets = data, np.array(data.targets)
         data = Subset(whole, subset(targets, args))
@@ -394,7 +393,7 @@ def open_data(args, train):
 
 
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto (power 6, 1280 to 5 images)."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1
@@ -426,7 +425,7 @@ class Stream(Dataset):
             self.epoch = v // self.n
             self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
         seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
-        torch.default_generator.manual_seed(int(seed))    # 32 bits, all that it takes
+        torch.default_generator.manual_seed(int(seed))    # uses 32 bits
         return self.make(self.order[v % self.n])
 
 
@@ -453,7 +452,7 @@ def ignore_signals(_):
 TRAINING = {  # argument: default; meaning; allowed values
     "resume": (False, "continue the run in --out exactly"),
     "accum": (1, "micro-batches in an update, to save memory", 1, 10 ** 6),
-    "clip_grad": (math.inf, "largest norm of the gradient", 1e-9, math.inf),
+    "clip_grad": (None, "largest norm of the gradient", 1e-9, 1e9),
     "amp": (None, "mixed precision (default: bf16 or fp16 on a GPU)", "bf16", "fp16", "off"),
     "compile": (False, "torch.compile: a slow first step, then faster ones"),
     "log_every": (10, "steps between lines of the log", 1, 10 ** 9),
@@ -481,7 +480,7 @@ def setup(args):
         sys.stdout = open(os.devnull, "w")
     print("settings:", ", ".join(f"{name} {value}" for name, value in vars(args).items()))
     print(f"batch: {WORLD} ranks x {batch // WORLD // args.accum} images x {args.accum} accum = {batch};",
-          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}", flush=True)
+          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     stop = set()
@@ -499,16 +498,16 @@ def learning_rate(step, steps, warmup, lr, min_lr=0.0):
 
 
 def start(args, data, **parts):
-    """Fills `parts` from last.pt, read by rank 0, and returns its step; a new run makes --out: 0."""
+    """Fills `parts` from last.pt, read by rank 0, and returns its step. A new run makes --out: 0."""
     images, path = getattr(data, "dataset", data), args.out / "last.pt"
-    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", []))
+    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", [])) or args.data
     args.images = f"{len(data)} {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
     shared = [None, args.images]
     if args.resume and RANK == 0:
         try:
             shared[0] = torch.load(path, map_location="cpu", weights_only=True)
             config = shared[0]["config"]
-        except Exception as error:    # torch.load raises many kinds
+        except Exception as error:    # torch.load raises many types
             raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
         for name, value in vars(args).items():
             if name not in FREE and config.get(name) != value:
@@ -530,18 +529,19 @@ def start(args, data, **parts):
             old = out.rename(next(path for path in free if not path.exists()))
             print(f"{out} already contains a run: renamed to {old}")
         out.mkdir(parents=True, exist_ok=True)
+        print(f"new run in {out}")
         (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
     return 0
 
 
 def save(args, name, step, **parts):
-    """Writes a checkpoint beside its place, flushed to disk, then renames it: never half a file."""
+    """Writes a temporary file, flushes it to disk, renames it: never half a checkpoint."""
     path, temporary = args.out / name, args.out / f"{name}.tmp"
     state = {part: module.state_dict() for part, module in parts.items()}
     state.update(step=step, config={**vars(args), "out": str(args.out)})
     state["log"] = (args.out / "log.jsonl").read_text()
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise UserError(f"step {step}: a weight is not finite; {path} is as it was")
+        raise UserError(f"step {step}: a weight is not finite; {path} is unchanged")
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
@@ -550,7 +550,7 @@ def save(args, name, step, **parts):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is as it was") from None
+        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is unchanged") from None
 
 
 class Log:
@@ -579,12 +579,12 @@ class Log:
         bad = (~required.isfinite().all(dim=1)).tolist()
         if any(bad):
             raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
-                            "last.pt is as it was; try --amp bf16, --clip-grad 1, a lower --base-lr")
+                            "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
         kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {"step": step, **dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
+        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
         speed = len(table) * self.args.batch_size / seconds
         entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
-        entry = {name: float(f"{value:.6g}") for name, value in entry.items()}
+        entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}
         if RANK == 0:
             with (self.args.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")

@@ -48,6 +48,7 @@ def test_patchify_orders_pixels_as_published_and_unpatchify_inverts_it():
     agrees(patches, GOLDENS["3_mae"]["patchified_image"])
     assert torch.equal(mae.unpatchify(patches, 8), images())
     assert torch.equal(patches[0, 1].view(8, 8, 3)[2, 5], images()[0, :, 2, 8 + 5])
+    assert torch.equal(mae.patchify(images()[:, :, :16], 8), patches[:, :8])    # images need not be square
 
 
 # ------------------------------------------------------------ claims
@@ -105,6 +106,9 @@ def test_norm_pix_targets_have_mean_zero_and_variance_one():
     target = autoencoder().target(images())
     torch.testing.assert_close(target.mean(-1), torch.zeros(4, 16).double(), atol=1e-12, rtol=0)
     torch.testing.assert_close(target.var(-1), torch.ones(4, 16).double(), atol=1e-5, rtol=0)
+    var = mae.patchify(images(), 8).var(-1)    # with little contrast, 1e-6 is felt
+    torch.testing.assert_close(autoencoder().target(1e-3 * images()).var(-1), var / (var + 1))
+    assert autoencoder().target(torch.ones(1, 3, 32, 32)).abs().max() == 0
 
 
 def test_sec3_without_masking_there_are_features_and_no_division_by_zero():

@@ -206,6 +206,7 @@ def but(name, *shape):
     return {key: tensor for key, tensor in {**ENCODER, name: torch.zeros(shape)}.items() if shape or key != name}
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content, message", [
     (but("blocks.1.attn.proj.bias", 3, 5), r"blocks.1.attn.proj.bias: \(3, 5\) in the file, \(48,\) in the model"),
     (but("blocks.2.norm3.bias", 48), r"blocks.2.norm3.bias: \(48,\) in the file, none in the model"),
