@@ -186,7 +186,7 @@ def same_state(a, b, tolerance=0.0, name="last.pt"):
         y = states[1][0][key]
         if tolerance and key.endswith("qkv.bias"):    # the keys' bias cancels in the softmax: Adam scales up rounding
             x, y = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (x, y))
-        if tolerance and key.endswith("_encoder.norm.bias"):    # MoCo-v3: BatchNorm removes it again, as above
+        if tolerance and key.endswith(("_encoder.norm.bias", "running_mean")):    # BatchNorm removes it, as above
             continue
         assert (x.double() - y.double()).abs().max() <= tolerance, key
     if not tolerance:

@@ -1,98 +1,100 @@
-"""README.md: its commands run (tiny, in one process, uncompiled, nothing downloaded), its pictures exist."""
+"""README.md: its commands run (tiny, in this process), its figures exist, its length."""
 import re
-import subprocess
+import shlex
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, SCRIPTS, call
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-BLOCKS += [re.sub(r"^\w+=.*\s# (?=\w+=)", "", block, flags=re.M) for block in BLOCKS if re.search(r"\s# \w+=", block)]  # the settings on the right
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
-SCRIPTS = {"mae.py", "mocov3.py", "distill.py", "finetune.py", "analysis.py"}
-# Stand for the programs that README calls: each prints its name and arguments on a line.
-STUBS = "".join(f"{name}() {{ printf '%s\\t' {name} \"$@\"; echo; }}\n" for name in ("python", "torchrun", "pip", "diff"))
-
-OVERRIDDEN = {"--out", "--download", "--compile", "--arch", "--patch-size", "--batch-size", "--epochs", "--warmup-epochs", "--fraction",
-              "--accum", "--seed", "--nproc_per_node"}  # by the test, or of no interest: commands that differ in these alone are run once
-
-
-def script_commands():
-    """`command, script, arguments` of the commands that run a script, as bash expands them: one for each set of options that matter."""
-    seen = set()
-    for block in BLOCKS:
-        called = subprocess.run(["bash", "-c", STUBS + block], capture_output=True, text=True, check=True).stdout
-        for words in (line.split("\t")[:-1] for line in called.splitlines()):
-            names = [word for word in words if word in SCRIPTS]
-            options = {word.split("=")[0] for word in words if word.startswith("--")} - OVERRIDDEN
-            options = (*sorted(options), *({"linear", "knn", "cka", "all"} & set(words)))
-            if not names or words[0] == "diff" or (names[0], options) in seen:
-                continue
-            seen.add((names[0], options))
-            yield " ".join(words), names[0].removesuffix(".py"), words[words.index(names[0]) + 1:]
+LINES = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line for line in LINES if re.match(r"(python|torchrun --\S+) \w+\.py", line)]
+TINY = ["--workers", "0", "--max-steps", "1", "--save-minutes", "60"]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, small_folder):
-    """A folder in which README's paths exist: small checkpoints of each kind, and small images as DIR."""
+def workplace(tmp_path_factory, image_folder):
+    """A folder in which README's paths exist: small checkpoints, DIR, and a COCO folder with one image."""
     import mae
     import vit
     folder = tmp_path_factory.mktemp("readme")
     torch.manual_seed(0)
-    pretrained = mae.MaskedAutoencoder(vit.vit_toy(img_size=32, patch_size=8, global_pool="token"))
-    classifier = vit.vit_toy(img_size=32, patch_size=8, num_classes=10)
-    for path in {path for _, _, arguments in script_commands() for word in arguments for path in re.findall(r"runs/.*[.]pt", word)}:
-        model = classifier if re.search("finetune|scratch|/all/", path) else pretrained
-        config = dict(method="mae", arch="toy", img_size=32, patch_size=8, decoder_dim=96, decoder_depth=1, decoder_heads=3,
-                      norm_pix_loss=True, mask_ratio=0.75, pool="avg", num_heads=12, mode="finetune")
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": model.state_dict(), "config": config, "step": 1}, folder / path)
-    torch.save(pretrained.encoder.state_dict(), folder / "mae_pretrain_vit_base.pth")
-    (folder / "DIR").symlink_to(small_folder)
+    encoder = vit.vit_toy(img_size=32, patch_size=4, global_pool="token")
+    for name in ("mae_tiny.pth", "moco_tiny.pth", "mae_pretrain_vit_base.pth"):
+        torch.save(encoder.state_dict(), folder / name)
+    states = {"runs/mae/last.pt": mae.MaskedAutoencoder(encoder), "runs/finetune/best.pt": vit.vit_toy(img_size=32, patch_size=4, num_classes=10)}
+    states["runs/finetune/last.pt"] = states["runs/finetune/best.pt"]
+    for name, model in states.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": model.state_dict(), "config": {"data": "toy"}, "step": 1}, folder / name)
+    for name in ("mae", "distill"):
+        (folder / "runs" / name).mkdir(exist_ok=True)
+        (folder / "runs" / name / "log.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2.0}\n')
+    (folder / "DIR").symlink_to(image_folder)
     return folder
 
 
-@pytest.mark.parametrize("command, script, arguments", [pytest.param(*parts, id=parts[0][:90]) for parts in script_commands()])
-def test_the_commands_of_the_readme_run(command, script, arguments, workplace, monkeypatch, tmp_path):
+def tiny(script, words):
+    """A command's arguments, on small images and for one step."""
+    if script == "analysis":
+        small = [] if words[0] == "curves" else ["--images", "8", "--batch-size", "4"]
+        return [*words, *small]
+    words = [word for word in words if word not in ("--download", "--compile")]
+    words = ["DIR" if word == "cifar100" else word for word in words]
+    sizes = ["--arch", "toy", "--img-size", "32", "--patch-size", "4"]
+    if "--eval-only" in words:
+        return [*words, "--workers", "0"]
+    if "--accum" in words:
+        words[words.index("--accum") + 1] = "2"
+    if script == "detect":
+        return [*words, *TINY, "--scenes", "8", "--val-scenes", "2"]
+    if script == "distill":
+        words = [word.replace("3,6,9,12", "3,6") for word in words]
+        words += [] if "--teacher" in words else ["--teacher", "mae_pretrain_vit_base.pth"]
+    batch = ["--batch-size", "8", "--epochs", "8", "--warmup-epochs", "0"]
+    if "transfer" in words:
+        sizes = []
+    return [*words, *TINY, *batch, *([] if script == "finetune" and "--init" in words else sizes)]
+
+
+@pytest.mark.parametrize("command", [pytest.param(line, id=line[:80]) for line in dict.fromkeys(COMMANDS) if "COCO" not in line])
+def test_readme_command_runs(command, workplace, monkeypatch, tmp_path):
+    """COCO's commands are tested in test_detect.py."""
+    words = shlex.split(command)
+    name = next(word for word in words if word.endswith(".py"))
+    script = name.removesuffix(".py")
     module = __import__(script)
     monkeypatch.chdir(workplace)
-    arguments = ["DIR" if word in ("cifar100", "fashionmnist") else word for word in arguments if word not in ("--download", "--compile")]
-    tiny = ["--out", tmp_path]
-    if script == "analysis":
-        tiny += ["--images", 8, "--batch-size", 4]
-    elif not {"--reconstruct", "--eval-only"} & set(arguments):
-        tiny += ["--arch", "toy", "--img-size", 32, "--patch-size", 8, "--batch-size", 8, "--workers", 0]
-        tiny += [] if "--throughput" in arguments else ["--epochs", 1, "--warmup-epochs", 0, "--max-steps", 1, "--fraction", 0.04]
-        if "DIR" in arguments:
-            tiny[-1:] = [1]
-    if script == "distill" and "--teacher" not in arguments:
-        tiny += ["--teacher", "mae_pretrain_vit_base.pth"]  # training one first is tested in test_distill.py
-    arguments = [{"9": "4", "12": "5"}.get(word, word) for word in arguments]  # the toy network has 6 blocks
-    call(module, *arguments, *tiny)
-    assert any(tmp_path.iterdir()) or "--throughput" in arguments or "--eval-only" in arguments
+    for figure in [name for name in vars(module) if name.startswith("draw_")] if script != "analysis" else []:
+        monkeypatch.setattr(module, figure, lambda *args, **kw: None)
+    call(module, *tiny(script, words[words.index(name) + 1:]), "--out", tmp_path / "out")
+    assert (tmp_path / "out").exists() or "--eval-only" in words or "knn" in words
 
 
-def test_the_two_commands_come_first():
-    assert COMMANDS[0] == "pip install -r requirements.txt && python mae.py"
-    assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
+def test_readme_begins_with_the_two_commands():
+    assert LINES[0] == "pip install -r requirements.txt && python mae.py"
+    assert LINES[1] == "pip install -r requirements.txt && python -m pytest"
 
 
-def test_pictures_exist_and_are_labelled():
-    pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", README)
-    assert len(pictures) >= 6
-    for label, path in pictures:
-        assert label and (ROOT / path).stat().st_size > 5000
+def test_readme_figures_exist_and_are_labeled():
+    for page in ("README.md", "docs/study.md"):
+        for label, path in re.findall(r"!\[(.*?)\]\((.*?)\)", (ROOT / page).read_text()):
+            assert label and ((ROOT / page).parent / path).stat().st_size > 5000, path
 
 
-def test_nothing_is_left_to_fill_in():
-    assert not re.search(r"@\w+@|TODO|XXX", README)
+def test_readme_links_lead_to_files():
+    for path in re.findall(r"\]\(([\w/.-]+)\)", README):
+        assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS - {"analysis.py"}))
-def test_every_docstring_opens_with_the_commands_for_each_machine(script):
-    lines = (ROOT / script).read_text().split('"""')[1].splitlines()
-    for machine, start in (("laptop", f"python {script}"), ("one GPU", f"python {script}"), ("8 GPUs", "torchrun --nproc_per_node=8"),
-                           ("two nodes", "torchrun --nnodes=2")):
-        command = next(line.split(machine, 1)[1].strip() for line in lines if line.startswith(f"    {machine}"))
-        assert command.startswith(start) and script in command
+def test_readme_is_short_and_complete():
+    assert len(README.splitlines()) <= 240 and not re.search(r"@\w+@|TODO|XXX", README)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_says_how_many_lines_to_read(script):
+    """Up to the last line of `train`."""
+    import ast
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    last = next(node.end_lineno for node in tree.body if getattr(node, "name", "") == "train")
+    assert f"| {last} lines |" in next(line for line in README.splitlines() if line.startswith(f"| [{script}.py]"))
