@@ -180,7 +180,7 @@ SETTINGS = {  # argument: toy, small (32 px), photos (the paper's); meaning; min
     "weight_decay":    ((0.05, 0.05, 0.05), "of AdamW; biases and norms have none", 0, 1),
     "init":            (None, "start from the encoder weights of this checkpoint"),
     "teacher":         (None, "a pre-trained ViT (toy data: trained first)"),
-    "teacher_heads":   (None, "its heads (default: 12)", 1, 1000),
+    "teacher_heads":   (None, "its heads", 1, 1000),
     "distill_blocks":  ("last", "of the student: last, all, or from 1, as in 6,12"),
     "attn_weight":     (1.0, "of the attention loss", 0, 1e6),
 }

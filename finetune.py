@@ -43,7 +43,7 @@ import vit
 # ------------------------------------------------------------ the method
 
 def layer_decay_groups(model, base_lr, weight_decay, decay):
-    """Optimizer groups in which layer i learns at `lr_scale = decay^(depth + 1 - i)` of `base_lr` (BEiT, MAE).
+    """Optimizer groups; layer i learns at `lr_scale = decay^(depth + 1 - i)` of `base_lr` (BEiT, MAE).
 
     Layer 0 is the embeddings (patches, class token, position), block k is layer k + 1, norm and head are
     depth + 1. No weight decay on 1-D tensors, class token, position. Groups have `lr_scale` and `names`.

@@ -1,10 +1,8 @@
-"""What the tests share: golden numbers, the weights and inputs they were made with, and ways to run a script.
+"""What the tests share: golden numbers, the weights and inputs they were made with, ways to run a script.
 
-`goldens.json` holds what the published implementations (MAE, MoCo-v3, MAE-Lite, ...) compute on weights and inputs
-given by formula: `value` and `images` below are those formulas. Agreement: 1e-6 in float64, 1e-4 in float32.
+`goldens.json`: what the published implementations compute. Agreement: 1e-6 in float64, 1e-4 in float32.
 """
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -12,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -35,7 +32,7 @@ TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, ml
 def value(name, shape):
     """The golden value of a parameter, in float64."""
     v = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    leaf = name.rsplit(".", 1)[-1]
+    leaf = name.split(".")[-1]
     if leaf in ("cls_token", "mask_token"):
         v = 0.5 * v
     elif len(shape) == 1:
@@ -73,9 +70,9 @@ def agrees(tensor, golden, tolerance=1e-6):
         flat = tensor.detach().double().flatten()
         sums = torch.stack([flat.std(correction=0), flat.abs().sum(), flat.norm()])
         actual = torch.cat([sums, flat[:16], flat[golden["rand_idx"]]])
-        expected = [golden["std"], golden["abs_sum"], golden["l2"], *golden["first16"], *golden["rand_vals"]]
-        expected = torch.tensor(expected, dtype=torch.float64)
-    scale = expected.abs() + 1e-3 * expected[torch.isfinite(expected)].abs().mean()    # near zero: of the mean
+        numbers = [golden["std"], golden["abs_sum"], golden["l2"], *golden["first16"], *golden["rand_vals"]]
+        expected = torch.tensor(numbers, dtype=torch.float64)
+    scale = expected.abs() + 1e-3 * expected[expected.isfinite()].abs().mean()    # near zero: of the mean
     worst = ((actual - expected).abs() / scale).max().item()
     assert worst <= tolerance, f"off by {worst:.1e}, allowed {tolerance:.0e}"
 
@@ -96,7 +93,7 @@ def run(script, *arguments, code=0, **kw):
     """Runs a script to its end, asserts its exit code, returns what it printed."""
     process = begin(script, *arguments, **kw)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit {process.returncode}, not {code}:\n{out[-3000:]}\n{err[-3000:]}"
+    assert process.returncode == code, out[-3000:] + err[-3000:]
     return out + err
 
 
@@ -106,8 +103,7 @@ def call(module, *arguments):
     try:
         module.run(lambda: module.main([str(argument) for argument in arguments]), leave=sys.exit)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        list(map(signal.signal, handlers.keys(), handlers.values()))
 
 
 def refused(capsys, module, *arguments):
@@ -131,29 +127,6 @@ FORKS = multiprocessing.get_context("forkserver")    # imports the scripts once;
 FORKS.set_forkserver_preload(SCRIPTS)
 
 
-def forked(script, arguments, rank, ranks, port, errors):
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    module = importlib.import_module(script)
-    module.RANK, module.WORLD = rank, ranks
-    for name in vars(module).copy():        # figures, which take most of a short run, are tested elsewhere
-        if name.startswith("draw_") and name != "draw_shapes":
-            setattr(module, name, lambda *args, **kw: None)
-    module.run(lambda: module.main(arguments))
-
-
-def launch(script, *arguments, ranks=1, last_rank=(), errors=os.devnull):
-    """Starts a script's `main` in processes, as torchrun would; `last_rank`: its further arguments; a file for stderr."""
-    port, processes = free_port(), []
-    for rank in range(ranks):
-        own = [str(argument) for argument in (*arguments, *(last_rank if rank == ranks - 1 else ()))]
-        processes.append(FORKS.Process(target=forked, args=(script, own, rank, ranks, port, str(errors))))
-    for process in processes:
-        process.start()
-    return processes
-
-
 def finish(processes, code=0):
     for process in processes:
         process.join(120)
@@ -161,15 +134,6 @@ def finish(processes, code=0):
     for process in processes:    # one that hangs would keep pytest from ending
         process.kill()
     assert codes == [code] * len(processes), f"exit codes {codes}, not {code}"
-
-
-def wait_for(condition, process):
-    """Waits until something is true of a running process."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.exitcode is None if hasattr(process, "exitcode") else process.poll() is None, "ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def log_of(folder):

@@ -3,14 +3,16 @@
 Ranks and kills are tested on all scripts; what the plumbing does alone, on mae.py.
 """
 import errno
+import importlib
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import (SCRIPTS, begin, call, finish, launch, log_of, refused, run, same_state, wait_for)
+from conftest import FORKS, SCRIPTS, begin, call, finish, free_port, log_of, refused, run, same_state
 
 import mae
 import vit
@@ -21,6 +23,38 @@ EXTRA = {  # what a script needs beside TINY
     "mocov3": ("--mlp-dim", 64, "--dim", 32),
     "finetune": ("--warmup-epochs", 1, "--eval-every", 2, "--mixup", 0, "--randaug", 9),
 }
+
+
+def forked(script, arguments, rank, ranks, port, errors):
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    module = importlib.import_module(script)
+    module.RANK, module.WORLD = rank, ranks
+    for name in vars(module).copy():        # figures, which take most of a short run, are tested elsewhere
+        if name.startswith("draw_") and name != "draw_shapes":
+            setattr(module, name, lambda *args, **kw: None)
+    module.run(lambda: module.main(arguments))
+
+
+def launch(script, *arguments, ranks=1, last_rank=(), errors=os.devnull):
+    """Starts a script's `main` in processes, as torchrun would; `last_rank`: its further arguments; a file for stderr."""
+    port, processes = free_port(), []
+    for rank in range(ranks):
+        own = [str(argument) for argument in (*arguments, *(last_rank if rank == ranks - 1 else ()))]
+        processes.append(FORKS.Process(target=forked, args=(script, own, rank, ranks, port, str(errors))))
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait_for(condition, process):
+    """Waits until something is true of a running process."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.exitcode is None if hasattr(process, "exitcode") else process.poll() is None, "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -246,7 +280,7 @@ def test_nan_on_one_of_two_ranks_stops_both_and_names_the_step(tmp_path):
     (("--workers", -1), "--workers -1 is not from 0"),
     (("--epochs", "many"), "--epochs: invalid int value: 'many'"),
     (("--arch", "huge"), "--arch: invalid choice: 'huge'"),
-    (("--colour", 1), "unrecognized arguments: --colour"),
+    (("--no-such", 1), "unrecognized arguments: --no-such"),
     (("--init", "nothing.pt"), "nothing.pt"),
 ])
 def test_bad_arguments_are_named_in_one_line(arguments, message, tmp_path, capsys):
