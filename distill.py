@@ -239,7 +239,7 @@ def train(args):
             images, noise = log.next(batches)    # the wait is logged
             images = images.to(device, non_blocking=True).flatten(0, 1)    # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)      # (B, L)
-            network.require_backward_grad_sync = part == args.accum - 1    # ranks average the last one's sum
+            network.require_backward_grad_sync = part == args.accum - 1    # synchronized on the last part
             inputs = (images - mean) / std, args.mask_ratio, noise
             with autocast:
                 part_loss, _, _, part_attention = network(*inputs, teacher(*inputs))

@@ -248,7 +248,7 @@ def train(args):
             torch.manual_seed(int(seed))                                   # of mixing and stochastic depth
             if args.mixup or args.cutmix:
                 images, targets = mix(images, targets, args.mixup, args.cutmix, len(data.classes))
-            network.require_backward_grad_sync = part == args.accum - 1    # ranks average the last one's sum
+            network.require_backward_grad_sync = part == args.accum - 1    # synchronized on the last part
             with autocast:
                 logits = network(images)                                   # (B, C)
             part_loss = cross_entropy(logits.float(), targets)

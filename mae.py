@@ -6,7 +6,7 @@ encoder is kept. Recipe: "A Closer Look at Self-Supervised Lightweight Vision Tr
 
     loss = mean over removed patches of (prediction - target)^2, target = pixels, normalized per patch
 
-    laptop     python mae.py                                  # synthetic shapes, no download, two minutes
+    laptop     python mae.py                                  # synthetic shapes, no download, minutes
     small      python mae.py --data cifar100 --download       # images of 32 x 32 pixels, patches of 4
     one GPU    python mae.py --data DIR --accum 8 --compile   # DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg
     8 GPUs     torchrun --nproc_per_node=8 mae.py --data DIR  # the paper's run: 400 epochs, batch 4096
@@ -200,7 +200,7 @@ def train(args):
             images, noise = log.next(batches)    # the wait is logged
             images = images.to(device, non_blocking=True).flatten(0, 1)    # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)      # (B, L)
-            network.require_backward_grad_sync = part == args.accum - 1    # ranks average the last one's sum
+            network.require_backward_grad_sync = part == args.accum - 1    # synchronized on the last part
             with autocast:
                 part_loss, _, _ = network((images - mean) / std, args.mask_ratio, noise)
             scaler.scale(part_loss / args.accum).backward()

@@ -207,8 +207,7 @@ def make_sample(data, views, i):
 
 def train(args):
     device, stop = setup(args)
-
-    # Data: an endless stream of samples. All that is random about sample v follows from (seed, v).
+    # Data: an endless stream. All that is random about sample number v follows from (seed, v).
     data = open_data(args, train=True)
     if args.batch_size > len(data):
         raise UserError(f"--batch-size {args.batch_size}: only {len(data)} images, a batch has each once")
@@ -222,9 +221,9 @@ def train(args):
     view_1 = v2.Compose([crop, jitter, gray, blur, flip])
     view_2 = v2.Compose([crop, jitter, gray, v2.RandomApply([blur], p=0.1), solarize, flip])
     stream = Stream(len(data), args.seed, functools.partial(make_sample, data, (view_1, view_2)))
-    mean, std = MEAN.to(device), STD.to(device)
+    mean, std = MEAN.to(device), STD.to(device)    # of pixels from 0 to 255
     steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = round(args.warmup_epochs * len(data) / args.batch_size)
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
 
     # Model and optimizer: new, from --init, or from the checkpoint of an interrupted run.
     torch.manual_seed(args.seed)
@@ -236,16 +235,16 @@ def train(args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)     # 0 for a new run
+    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
     if args.compile:    # the transformers alone: ranks communicate in BatchNorm and in the loss
         for block in [*model.base_encoder.blocks, *model.momentum_encoder.blocks]:
             block.compile(dynamic=False)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    low = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, low, enabled=args.amp != "off")
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
     end = min(steps, step + (args.max_steps or steps))
     batches = load(stream, step, end, args)
-    log, saved = Log(args, step, steps), time.time()
+    log, last_save = Log(args, step, steps), time.time()
     while step < end:
         lr = learning_rate(step, steps, warmup, args.base_lr * args.batch_size / 256)
         momentum = learning_rate(step, steps, 0, args.momentum, 1.0)    # the same cosine, up to 1
@@ -257,7 +256,6 @@ def train(args):
         with autocast:
             loss = network(x1, x2, momentum)
         scaler.scale(loss).backward()
-
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
         scaler.step(optimizer)
@@ -265,16 +263,15 @@ def train(args):
         optimizer.zero_grad()
         step += 1
         log.window.append({"loss": loss.detach(), **model.monitors, "grad_norm": grad_norm})
-        if step % args.log_every and step < end and not (stop and WORLD == 1):
+        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
             continue
-
-        # Nothing above waits for the device. Now the losses are read; one that is not finite is an error.
+        # Only here does the program wait for the device: it reads the losses, and ranks agree to stop.
         epoch = step * args.batch_size / len(data)
         stopping = log.write(step, stop, epoch=epoch, lr=lr, momentum=momentum)
-        if RANK == 0 and (step == end or stopping or time.time() - saved > 60 * args.save_minutes):
+        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
             save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
             draw_curves(args)
-            saved = time.time()
+            last_save = time.time()
         if stopping:
             break
     print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}")
