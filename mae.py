@@ -327,7 +327,7 @@ def run(main, leave=os._exit):
 # ======================================== plumbing, data: images and the sample stream
 
 class Folder(torchvision.datasets.ImageFolder):
-    """Images below a folder: each top folder is a class; without such folders all labels are 0."""
+    """Images below a folder: top folders are classes (2 before 10); without them all labels are 0."""
 
     def __init__(self, root):
         seen = set()
@@ -338,7 +338,7 @@ class Folder(torchvision.datasets.ImageFolder):
         super().__init__(root, transform=to_tensor, loader=read_image)
 
     def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir()) or [""]
+        names = sorted(next(os.walk(directory))[1], key=lambda n: (len(n) * n.isdecimal(), n)) or [""]
         return names, {name: label for label, name in enumerate(names)}
 
 
