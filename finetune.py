@@ -2,17 +2,14 @@
 
 Recipes: "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICML 2023), DeiT's ("original").
 
-    lr of layer i = lr * decay^(depth + 1 - i), i = 0: embeddings, depth + 1: head
-
     laptop     python finetune.py --init runs/mae/last.pt    # without --init: from scratch
     probes     python finetune.py --mode linear --init runs/mae/last.pt    # or --mode knn
-    transfer   python finetune.py --recipe transfer --data cifar100 --download --init mae.pth
+    transfer   python finetune.py --recipe transfer --data pets --init mae.pth    # aircraft, flowers102
     one GPU    python finetune.py --data DIR --init mae.pth --compile    # DIR/{train,val}/CLASS/*.jpg
-    8 GPUs     torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth    # the paper's run
-    two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST finetune.py ...
+    8 GPUs     torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth    # two nodes: as mae.py
     evaluate   python finetune.py --eval-only --init runs/finetune/best.pt    # writes eval.json beside it
---data is also flowers102, pets, aircraft. Results in --out: config.json, log.jsonl, last.pt, best.pt.
-Shapes: B images, C classes, D width, S image size. Read up to the end of `train`, skip the plumbing.
+Results in --out: config.json, log.jsonl, last.pt, best.pt. Shapes: B images, C classes, D width, S image
+size. Read up to the end of `train`, skip the plumbing.
 """
 import argparse
 import functools
@@ -55,7 +52,7 @@ def layer_decay_groups(model, base_lr, weight_decay, decay):
     groups = []
     for i, layer in enumerate(layers):
         scale = decay ** (len(layers) - 1 - i)
-        for decays in (False, True):    # no weight decay on 1-D tensors, class token, position (3-D)
+        for decays in (False, True):    # matrices are 2-D and 4-D; class token and position 3-D
             params = [p for p in layer if (p.ndim in (2, 4)) == decays]
             groups.append({"params": params, "names": [names[p] for p in params], "lr": base_lr * scale,
                            "lr_scale": scale, "weight_decay": weight_decay * decays})
@@ -78,7 +75,7 @@ def probe_head(dim, num_classes):
 
 
 def nearest_neighbors(gallery, labels, queries, num_classes, k=20, temperature=0.07):
-    """The five classes with most votes of the k nearest, best first, `(n, min(5, C))` (Wu et al., 2018).
+    """The five classes with most votes of k neighbors, best first, `(n, min(5, C))` (Wu et al., 2018).
 
     A neighbor at cosine similarity s has exp(s / temperature) votes. gallery `(m, D)`, queries `(n, D)`.
     """
@@ -91,13 +88,13 @@ def nearest_neighbors(gallery, labels, queries, num_classes, k=20, temperature=0
     return torch.cat(ranking)
 
 
-WARP = {"angle": 0.0, "scale": 1.0, "center": [0, 0], "interpolation": v2.InterpolationMode.BILINEAR,
-        "fill": [124, 116, 104]}    # the mean color
+FILL = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [124, 116, 104]}    # the mean color
+warp = functools.partial(TF.affine, angle=0.0, scale=1.0, center=[0, 0], **FILL)
 OPERATIONS = {  # of a uint8 image (3, H, W); strength m from 0 to 1; s is m or -m
     "autocontrast": lambda x, m, s: TF.autocontrast(x),
     "equalize": lambda x, m, s: TF.equalize(x),
     "invert": lambda x, m, s: TF.invert(x),
-    "rotate": lambda x, m, s: TF.rotate(x, 30 * s, WARP["interpolation"], fill=WARP["fill"]),
+    "rotate": lambda x, m, s: TF.rotate(x, 30 * s, **FILL),
     "posterize": lambda x, m, s: TF.posterize(x, 4 - int(4 * m)),    # 0 bits: black
     "solarize": lambda x, m, s: TF.solarize(x, min(255, 256 - int(256 * m))),
     "solarize_add": lambda x, m, s: torch.where(x < 128, x + int(110 * m), x),
@@ -105,12 +102,10 @@ OPERATIONS = {  # of a uint8 image (3, H, W); strength m from 0 to 1; s is m or 
     "contrast": lambda x, m, s: TF.adjust_contrast(x, 1 + 0.9 * s),
     "brightness": lambda x, m, s: TF.adjust_brightness(x, 1 + 0.9 * s),
     "sharpness": lambda x, m, s: TF.adjust_sharpness(x, 1 + 0.9 * s),
-    "shear_x": lambda x, m, s: TF.affine(
-        x, translate=[0, 0], shear=[math.degrees(math.atan(0.3 * s)), 0.0], **WARP),
-    "shear_y": lambda x, m, s: TF.affine(
-        x, translate=[0, 0], shear=[0.0, math.degrees(math.atan(0.3 * s))], **WARP),
-    "translate_x": lambda x, m, s: TF.affine(x, translate=[0.45 * s * x.shape[2], 0], shear=[0.0], **WARP),
-    "translate_y": lambda x, m, s: TF.affine(x, translate=[0, 0.45 * s * x.shape[1]], shear=[0.0], **WARP),
+    "shear_x": lambda x, m, s: warp(x, translate=[0, 0], shear=[math.degrees(math.atan(0.3 * s)), 0.0]),
+    "shear_y": lambda x, m, s: warp(x, translate=[0, 0], shear=[0.0, math.degrees(math.atan(0.3 * s))]),
+    "translate_x": lambda x, m, s: warp(x, translate=[0.45 * s * x.shape[2], 0], shear=[0.0, 0.0]),
+    "translate_y": lambda x, m, s: warp(x, translate=[0, 0.45 * s * x.shape[1]], shear=[0.0, 0.0]),
 }
 
 
@@ -145,13 +140,12 @@ SETTINGS = {  # argument: toy, small (32 px), photos, or all; meaning; minimum, 
     "mode": ("finetune", "what to do", "finetune", "linear", "knn"),
     "recipe": ("improved", "the paper's, DeiT's, for small data", "improved", "original", "transfer"),
     "init": (None, "start from the weights of this checkpoint"),
-    "checkpoint_branch": ("base_encoder", "MoCo-v3's network", "base_encoder", "momentum_encoder"),
     "keep_blocks": (100, "keep the lower blocks of --init (Fig. 2)", 0, 100),
     "arch": (("toy", "tiny", "tiny"), "of vit.py; default: of --init", *vit.ARCHS),
     "img_size": ((32, 32, 224), "side of the images; default: of --init", 1, 10 ** 5),
     "patch_size": ((4, 4, 16), "side of a patch; default: of --init", 1, 10 ** 5),
     "num_heads": (None, "default: 12; DeiT-Tiny has 3, DeiT-Small 6", 1, 1000),
-    "pool": ("avg", "mean of the patches, or class token", "avg", "token"),
+    "global_pool": ("avg", "mean of the patches, or class token", "avg", "token"),
     "fraction": ((0.04, 1.0, 1.0), "train on this share of each class", 1e-9, 1),
     "epochs": ((20, 100, 300), "passes over the images", 1, 10 ** 6),
     "warmup_epochs": ((2.0, 5.0, 5.0), "epochs in which the learning rate rises", 0, 10 ** 6),
@@ -173,16 +167,15 @@ SETTINGS = {  # argument: toy, small (32 px), photos, or all; meaning; minimum, 
     "real_labels": (None, "ImageNet-ReaL's real.json: also count these labels"),
 }
 RECIPES = {"improved": {},    # SETTINGS; what the others change, in each column or in all
-    "original": {"base_lr": (2e-3, 2.5e-4, 2.5e-4), "min_lr": 1e-5, "layer_decay": 1.0, "pool": "token",
-                 "drop_path": 0.1, "randaug": (0.0, 9.0, 9.0), "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25,
-                 "smoothing": 0.1},
+    "original": {"base_lr": (2e-3, 2.5e-4, 2.5e-4), "min_lr": 1e-5, "layer_decay": 1.0, "drop_path": 0.1,
+                 "global_pool": "token", "randaug": (0.0, 9.0, 9.0), "mixup": 0.8, "cutmix": 1.0,
+                 "erasing": 0.25, "smoothing": 0.1},
     "transfer": {"preset": "photos", "epochs": 50, "warmup_epochs": 10.0, "batch_size": 512, "base_lr": 0.05,
                  "optimizer": "nesterov", "weight_decay": 0.0, "layer_decay": 0.75, "clip_grad": 1.0,
                  "randaug": 0.0, "mixup": 0.0},
-    "linear": {"pool": None, "fraction": 1.0, "epochs": (10, 90, 90), "warmup_epochs": (1.0, 10.0, 10.0),
-               "batch_size": (256, 512, 1024), "optimizer": "sgd", "base_lr": (0.1, 0.1, 0.75),
-               "min_lr": 0.0, "weight_decay": 0.0, "layer_decay": 1.0, "randaug": 0.0, "mixup": 0.0},
-}
+    "linear": {"epochs": (10, 90, 90), "warmup_epochs": (1.0, 10.0, 10.0), "batch_size": (256, 512, 1024),
+               "optimizer": "sgd", "base_lr": (0.1, 0.1, 0.75), "min_lr": 0.0, "weight_decay": 0.0,
+               "layer_decay": 1.0, "global_pool": None, "fraction": 1.0, "randaug": 0.0, "mixup": 0.0}}
 
 
 def make_sample(data, transform, i):
@@ -194,7 +187,7 @@ def make_sample(data, transform, i):
 def train(args):
     device, stop = setup(args)
     model, data, validation = prepare(args, device)
-    if args.eval_only or args.mode == "knn":    # nothing is trained, and no run is renamed
+    if args.eval_only or args.mode == "knn":    # nothing is trained
         return evaluate(args, model, data, validation, device)
 
     # Data: an endless stream. All that is random about sample number v follows from (seed, v).
@@ -204,11 +197,10 @@ def train(args):
         v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
         RandAugment(args.randaug),
-        *(noise if args.erasing else []),    # of normalized images: float32, four times the bytes
+        *(noise if args.erasing else []),    # float32: four times the bytes
     ])
     stream = Stream(len(data), args.seed, functools.partial(make_sample, data, transform))
-    mean, std = MEAN.to(device), STD.to(device)
-    cross_entropy = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    mean, std = (0, 1) if args.erasing else (MEAN.to(device), STD.to(device))
     steps = max(1, round(args.epochs * len(data) / args.batch_size))
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     epochs = [*range(args.eval_every, args.epochs, args.eval_every), args.epochs]
@@ -217,9 +209,8 @@ def train(args):
     # Optimizer: new or from the checkpoint of an interrupted run.
     base_lr = args.base_lr * args.batch_size / 256
     groups = layer_decay_groups(model, base_lr, args.weight_decay, args.layer_decay)
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    else:
+    optimizer = torch.optim.AdamW(groups, fused=True)    # betas .9, .999
+    if args.optimizer != "adamw":
         optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=args.optimizer == "nesterov", fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
@@ -230,7 +221,7 @@ def train(args):
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
     end = min(steps, step + (args.max_steps or steps))
     batches = load(stream, step, end, args)
-    if step in tests:    # the run may have been killed between last.pt and its evaluation
+    if step in tests:    # perhaps killed between last.pt and evaluation
         evaluate(args, model, data, validation, device, step)
     log, last_save = Log(args, step, steps), time.time()
     while step < end:
@@ -240,18 +231,16 @@ def train(args):
         loss = 0
         for part in range(args.accum):
             images, targets = log.next(batches)
-            images = images.to(device, non_blocking=True)                  # (B, 3, S, S)
+            images = (images.to(device, non_blocking=True) - mean) / std   # (B, 3, S, S)
             targets = targets.to(device, non_blocking=True)                # (B,) or, mixed, (B, C)
-            if not args.erasing:
-                images = (images - mean) / std
-            seed = np.random.SeedSequence((args.seed, step, RANK, part)).generate_state(1)[0]
-            torch.manual_seed(int(seed))                                   # of mixing and stochastic depth
+            seed = np.random.SeedSequence((args.seed, step, RANK, part))   # of mixing, stochastic depth
+            torch.manual_seed(int(seed.generate_state(1)[0]))
             if args.mixup or args.cutmix:
                 images, targets = mix(images, targets, args.mixup, args.cutmix, len(data.classes))
             network.require_backward_grad_sync = part == args.accum - 1    # synchronized on the last part
             with autocast:
                 logits = network(images)                                   # (B, C)
-            part_loss = cross_entropy(logits.float(), targets)
+            part_loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
             scaler.scale(part_loss / args.accum).backward()
             loss += part_loss.detach() / args.accum
         scaler.unscale_(optimizer)
@@ -278,40 +267,41 @@ def train(args):
 
 
 def prepare(args, device):
-    """The network, new or from --init, with its mode's head; training and validation images. UserError."""
-    if args.init:    # says the size of the images
-        path = args.out / "last.pt" if args.resume else args.init    # a resumed run needs no --init file
-        weights = vit.read_weights(path, args.checkpoint_branch)
-        grid = math.isqrt(weights.state["pos_embed"].shape[1] - 1)
-        args.img_size = args.img_size or grid * weights.state["patch_embed.proj.weight"].shape[-1]
-        args.mode = weights.config.get("mode", args.mode) if args.eval_only else args.mode
-    data, validation = open_splits(args)
-    sizes = {"img_size": args.img_size, "patch_size": args.patch_size, "num_heads": args.num_heads,
-             "global_pool": args.pool, "drop_path": args.drop_path,
-             "num_classes": 0 if args.mode == "knn" else len(data.classes)}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    sizes |= vit.ARCHS[args.arch].keywords if args.arch else {}
+    """The network with its mode's head, training and validation images. UserError."""
     torch.manual_seed(args.seed)
-    if args.init:
-        model, report = vit.from_weights(weights, **sizes)
-        if "head.weight" in report.missing:
-            nn.init.trunc_normal_(model.head.weight, std=2e-5)    # as MAE
+    names = ("img_size", "patch_size", "num_heads", "global_pool", "drop_path")
+    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    sizes |= vit.ARCHS[args.arch].keywords if args.arch else {}
+    if args.init:    # gives the sizes that were not typed
+        path = args.out / "last.pt" if args.resume else args.init    # which may be gone
+        weights = vit.read_weights(path)
+        model, report = vit.from_weights(weights, num_classes=0, **sizes)
+        args.mode = weights.config.get("mode", args.mode) if args.eval_only else args.mode
     else:
         model = vit.VisionTransformer(**sizes)
         vit.init_weights(model, "truncated")
-    if args.mode == "linear":
-        model.head = probe_head(model.embed_dim, len(data.classes))
-    if args.eval_only:
-        report = vit.load_weights(model, weights)
-        if "head" in str(report.missing):
-            raise UserError(f"--init {args.init}: no head for the {len(data.classes)} classes of --data")
+    args.img_size = model.grid * model.patch_size
+    args.num_heads = model.blocks[0].attn.num_heads    # for config.json: the weights do not tell
     for module in model.blocks[args.keep_blocks:].modules():
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     vit.init_weights(model.blocks[args.keep_blocks:], "truncated")
+    data, validation = open_split(args, train=not args.eval_only), open_split(args, train=False)
+    other = sorted(set(data.classes) ^ set(validation.classes))
+    if not args.eval_only and (other or validation.split == "training" or data.classes == [""]):
+        raise UserError(f"--data {args.data}: train/ and val/ need the same classes; one lacks {other[:5]}")
+    if args.mode == "linear":
+        model.head = probe_head(model.embed_dim, len(data.classes))
+    elif args.mode == "finetune":
+        model.head = nn.Linear(model.embed_dim, len(data.classes))
+        nn.init.trunc_normal_(model.head.weight, std=2e-5 if args.init else 0.02)    # as MAE, DeiT
+        nn.init.zeros_(model.head.bias)
+    if args.eval_only:
+        report = vit.load_weights(model, weights)
+        if "head" in str(report.missing):
+            raise UserError(f"--init {args.init}: no head for the {len(data.classes)} classes of --data")
     model.requires_grad_(args.mode == "finetune")    # the position too
     model.head.requires_grad_(True)
-    args.num_heads = model.blocks[0].attn.num_heads    # for config.json: the weights do not tell
     feature = "mean of the patches" if model.global_pool == "avg" else "class token"
     print(f"{path}: {report}" if args.init else "from scratch")
     print(f"{args.img_size} px, {args.num_heads} heads; feature: {feature}, normalized; head: {model.head}")
@@ -332,7 +322,7 @@ def predict(args, model, data, device):
     """The output for each image, `(n, C)`, in float32, and the labels `(n,)`, on all ranks."""
     crop = functools.partial(center_crop, size=args.img_size)
     stream = Stream(len(data), args.seed, functools.partial(make_sample, data, crop))
-    stream.epoch, stream.order = 0, range(len(data))    # not shuffled; what follows is cut off
+    stream.epoch, stream.order = 0, range(len(data))    # not shuffled
     plan = argparse.Namespace(data=args.data, workers=args.workers, batch_size=128 * WORLD, accum=1)
     parts = []
     for images, labels in load(stream, 0, math.ceil(len(data) / plan.batch_size), plan):
@@ -341,24 +331,8 @@ def predict(args, model, data, device):
     return [gather(torch.cat(part))[:len(data)] for part in zip(*parts)]
 
 
-def accuracy(ranking, labels, real=None):
-    """Percent of images whose label is the first class, or one of the five, of `ranking (n, 5)`.
-
-    `real`: the accepted classes of each image (ImageNet-ReaL); images without any do not count.
-    """
-    hits = 100 * (ranking == labels[:, None]).double()
-    result = {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
-    if real is not None:
-        pairs = zip(ranking[:, 0].tolist(), real)
-        result["real"] = 100 * np.mean([best in accepted for best, accepted in pairs if accepted])
-    return {name: float(f"{value:.6g}") for name, value in result.items()}
-
-
 def evaluate(args, model, data, validation, device, step=None):
-    """Accuracy, with --mode knn by votes of the training images; best.pt: the best weights by the log."""
-    if step is None:
-        for number in SIGNALS:    # there is nothing to save
-            signal.signal(number, signal.SIG_DFL)
+    """Accuracy, with --mode knn by votes of the training images; best.pt: best by the log."""
     model.eval()
     outputs, labels = predict(args, model, validation, device)
     ranking = outputs.topk(min(5, outputs.shape[1])).indices
@@ -366,7 +340,15 @@ def evaluate(args, model, data, validation, device, step=None):
         gallery, targets = predict(args, model, data, device)
         ranking = nearest_neighbors(gallery, targets, outputs, len(data.classes))
     model.train()
-    result = accuracy(ranking, labels, validation.real)
+    hits = 100 * (ranking == labels[:, None]).double()    # (n, 5)
+    result = {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
+    if args.real_labels:    # the classes that each image may have, in the order of the file names
+        real = json.loads(Path(args.real_labels).read_text())
+        order = np.argsort([os.path.basename(file) for file, _ in getattr(validation, "samples", [])])
+        if len(real) != len(order):
+            raise UserError(f"--real-labels: {len(real)} images, --data has {len(order)} files")
+        pairs = zip(ranking[order, 0].tolist(), real)
+        result["real"] = 100 * np.mean([best in accepted for best, accepted in pairs if accepted])
     print(f"{len(validation):,} {validation.split} images: {result}", flush=True)
     if RANK > 0:
         return
@@ -375,25 +357,21 @@ def evaluate(args, model, data, validation, device, step=None):
         draw_neighbors(args, data, validation, gallery, outputs)
     if step is None:
         path = args.out / ("knn.json" if args.mode == "knn" else "eval.json")
-        path.write_text(json.dumps({**result, **vars(args)}, indent=1, default=str))
-    else:
-        path = args.out / "log.jsonl"
-        best = max(json.loads(line).get("top1", -1) for line in path.read_text().splitlines())
-        with path.open("a") as file:
-            entry = {"step": step, "epoch": step * args.batch_size / len(data), **result}
-            file.write(json.dumps(entry) + "\n")
-        if result["top1"] > best:
-            save(args, "best.pt", step, model=model)
+        return path.write_text(json.dumps({**result, **vars(args)}, indent=1, default=str))
+    with (args.out / "log.jsonl").open("r+") as file:
+        best = max(json.loads(line).get("top1", -1) for line in file)
+        file.write(json.dumps({"step": step, "epoch": step * args.batch_size / len(data), **result}) + "\n")
+    if result["top1"] > best:
+        save(args, "best.pt", step, model=model)
 
 
 def draw_neighbors(args, data, validation, gallery, queries):
-    """neighbors.png: eight validation images and the nearest training images of each; green: same class."""
+    """neighbors.png: validation images and the nearest training images of each; green: same class."""
     figure = Figure((10, 11), layout="tight")
     axes = figure.subplots(8, 9, subplot_kw={"xticks": [], "yticks": []})
     for row, i in zip(axes, range(0, len(validation), math.ceil(len(validation) / 8))):
-        similarity = nn.functional.cosine_similarity(queries[i, None], gallery)    # (m,)
-        nearest = similarity.topk(min(8, len(data))).indices.tolist()
-        for axis, (image, label) in zip(row, [validation[i], *[data[j] for j in nearest]]):
+        nearest = nn.functional.cosine_similarity(queries[i, None], gallery).topk(min(8, len(data))).indices
+        for axis, (image, label) in zip(row, [validation[i], *[data[j] for j in nearest.tolist()]]):
             axis.imshow(center_crop(image, args.img_size).permute(1, 2, 0).numpy())
             axis.set_title(data.classes[label], fontsize=7)
             axis.spines[:].set(color="green" if label == validation[i][1] else "red", linewidth=3)
@@ -406,51 +384,21 @@ TRANSFER = {"flowers102": ("Flowers102", "train", "val"), "pets": ("OxfordIIITPe
 
 
 def open_split(args, train):
-    """`open_data` or a transfer set; classes 0, 1, ..., 10, 11 (ImageNet-V2) in this order. UserError."""
+    """`open_data`, or a transfer set. UserError."""
     if args.data not in TRANSFER:
-        data = open_data(args, train)
-        whole = getattr(data, "dataset", data)
-        if isinstance(whole, Folder) and all(name.isdecimal() for name in whole.classes):
-            names = sorted(whole.classes, key=int)
-            whole.samples = [(file, names.index(whole.classes[label])) for file, label in whole.samples]
-            data.classes = names
-        return data
+        return open_data(args, train)
     name, *splits = TRANSFER[args.data]
-    dataset = getattr(torchvision.datasets, name)
-    alone = args.download and WORLD == 1
+    split = functools.partial(getattr(torchvision.datasets, name), args.root, transform=to_tensor)
     try:
-        data = ConcatDataset(dataset(args.root, split, transform=to_tensor, download=alone)
-                             for split in (splits if train else ["test"]))
+        parts = [split(p, download=args.download and WORLD == 1) for p in (splits if train else ["test"])]
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"--data {args.data}: {error} (--download fetches it, with one process; "
-                        "flowers102 needs SciPy: pip install scipy)") from None
-    classes = getattr(data.datasets[0], "classes", range(102))    # older torchvision: unnamed flowers
+        raise UserError(f"--data {args.data}: {error} (--download; pip install scipy)") from None
+    data = ConcatDataset(parts)
     if train and (args.fraction < 1 or args.long_tail):    # the only use of labels; decodes each image
         data = Subset(data, subset(np.array([label for _, label in data]), args))
-    data.classes = classes
+    data.classes = getattr(parts[0], "classes", range(102))    # flowers, older torchvision
     data.split = "training" if train else "validation"
     return data
-
-
-def open_splits(args):
-    """Training and validation images, the latter with ImageNet-ReaL's labels (Beyer et al., 2020)."""
-    data = None if args.eval_only else open_split(args, train=True)
-    validation = open_split(args, train=False)
-    validation.real = None
-    if args.real_labels:    # for each image a list of classes, in the order of the file names
-        names = [os.path.basename(file) for file, _ in getattr(validation, "samples", [])]
-        lists = json.loads(Path(args.real_labels).read_text())
-        if len(lists) != len(names):
-            raise UserError(f"--real-labels: {len(lists)} images, --data has {len(names)} files")
-        real = dict(zip(sorted(names), lists))
-        validation.real = [real[name] for name in names]
-    if args.eval_only:
-        return validation, validation
-    other = set(data.classes) ^ set(validation.classes)
-    if other or validation.split == "training" or data.classes == [""]:
-        raise UserError(f"--data {args.data}: train/ and val/ (or test/) need the same class folders; "
-                        f"missing in one: {', '.join(sorted(other)[:5]) or 'all'}")
-    return data, validation
 
 
 def main(argv=None):

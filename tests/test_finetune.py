@@ -153,19 +153,19 @@ def test_mix_draws_one_lambda_for_each_128_images_and_mixup_or_cutmix():
 @pytest.mark.parametrize("arguments, expected", [
     ("--init x", dict(epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw", base_lr=1e-3, min_lr=1e-6, cutmix=0,
                       weight_decay=0.05, layer_decay=0.85, min_crop=0.08, randaug=10, mixup=0.2, erasing=0, smoothing=0,
-                      drop_path=0, pool="avg", clip_grad=None, img_size=None, arch=None)),
+                      drop_path=0, global_pool="avg", clip_grad=None, img_size=None, arch=None)),
     ("", dict(layer_decay=1, img_size=224, patch_size=16, arch="tiny", base_lr=1e-3)),
     ("--recipe original", dict(epochs=300, warmup_epochs=5, batch_size=1024, base_lr=2.5e-4, min_lr=1e-5, mixup=0.8, cutmix=1,
                                weight_decay=0.05, layer_decay=1, randaug=9, erasing=0.25, smoothing=0.1, drop_path=0.1,
-                               pool="token", optimizer="adamw", min_crop=0.08)),
+                               global_pool="token", optimizer="adamw", min_crop=0.08)),
     ("--recipe transfer --init x --data cifar100", dict(
         epochs=50, warmup_epochs=10, batch_size=512, base_lr=0.05, min_lr=1e-6, weight_decay=0, layer_decay=0.75,
-        clip_grad=1, randaug=0, mixup=0, pool="avg", optimizer="nesterov", preset="photos", img_size=None)),
+        clip_grad=1, randaug=0, mixup=0, global_pool="avg", optimizer="nesterov", preset="photos", img_size=None)),
     ("--recipe transfer --data flowers102 --epochs 300", dict(epochs=300, base_lr=0.05, img_size=224)),
     ("--mode linear", dict(epochs=90, warmup_epochs=10, batch_size=1024, optimizer="sgd", base_lr=0.75, min_lr=0,
-                           weight_decay=0, randaug=0, mixup=0, pool=None)),
-    ("--recipe original --cutmix 0 --base-lr 3 --pool avg --layer-decay 0.6", dict(
-        cutmix=0, base_lr=3, pool="avg", mixup=0.8, layer_decay=0.6)),
+                           weight_decay=0, randaug=0, mixup=0, global_pool=None)),
+    ("--recipe original --cutmix 0 --base-lr 3 --global-pool avg --layer-decay 0.6", dict(
+        cutmix=0, base_lr=3, global_pool="avg", mixup=0.8, layer_decay=0.6)),
 ])
 def test_recipes_are_the_published_ones_and_typed_arguments_win(arguments, expected, monkeypatch):
     seen = []
@@ -179,7 +179,9 @@ def test_init_gives_the_sizes_and_a_small_new_head(checkpoint, tmp_path, capsys)
     call(finetune, *TINY[2:], "--init", checkpoint, "--max-steps", 1, "--out", tmp_path / "run")    # step 1 has lr 0
     before, after = weights(tmp_path, "mae.pt"), weights(tmp_path / "run")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name in after)
-    assert "randomly initialized: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "randomly initialized: fc_norm.weight, fc_norm.bias; unused" in out and "head: Linear(in_features=96, out_features=10" in out
+    assert after["head.weight"].std().item() == pytest.approx(2e-5, rel=0.1)
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(10), abs=1e-3)
 
 
@@ -201,11 +203,16 @@ def test_fig2_keep_blocks_keeps_the_lower_ones(checkpoint, tmp_path):
     assert changed == {f"blocks.{block}" for block in (2, 3, 4, 5)} and after["blocks.2.norm1.bias"].abs().max() == 0
 
 
-def test_accuracy_counts_the_best_class_and_the_best_five_and_real_labels():
-    ranking = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [9, 8, 7, 6, 5], [5, 6, 7, 8, 9]])
-    labels = torch.tensor([0, 0, 5, 4])
-    assert finetune.accuracy(ranking, labels) == {"top1": 25, "top5": 75}
-    assert finetune.accuracy(ranking, labels, [[5, 0], [2], [], [5]])["real"] == pytest.approx(200 / 3, rel=1e-5)
+def test_accuracy_counts_the_best_class_and_the_best_five(monkeypatch, tmp_path):
+    rankings = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [9, 8, 7, 6, 5], [5, 6, 7, 8, 9]])
+    outputs = torch.zeros(4, 10).scatter(1, rankings, torch.arange(5.0, 0, -1).expand(4, 5))
+    monkeypatch.setattr(finetune, "predict", lambda *args: (outputs, torch.tensor([0, 0, 5, 4])))
+    args = finetune.argparse.Namespace(mode="finetune", real_labels=None, out=tmp_path)
+    data = vit.ToyShapes(train=False)
+    data.split = "validation"
+    finetune.evaluate(args, nn.Identity(), data, data, "cpu")
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert (result["top1"], result["top5"]) == (25, 75)
 
 
 @pytest.mark.parametrize("world", [1, 3, 5])
@@ -232,17 +239,20 @@ def test_imagenet_real_and_v2_have_the_order_of_names_and_numbers(checkpoint, tm
     data = finetune.open_split(args, train=False)
     assert data.classes == [str(label) for label in range(12)]
     assert all(int(image[0, 0, 0]) == 20 * label for image, label in data)
-    (tmp_path / "real.json").write_text(json.dumps([[i] for i in range(12)]))
-    args.eval_only, args.real_labels = True, tmp_path / "real.json"
-    _, validation = finetune.open_splits(args)
-    assert [accepted for accepted, in validation.real] == [11 - label for _, label in data.samples]
     model = vit.vit_toy(img_size=32, patch_size=8, num_classes=12)
-    model.head.bias.data[7] = 1000    # always class 7
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.eye(12)[7]    # always class 7
     torch.save(model.state_dict(), tmp_path / "file.pt")
-    call(finetune, "--eval-only", "--init", tmp_path / "file.pt", "--data", tmp_path / "v2", "--workers", 0,
-         "--real-labels", tmp_path / "real.json")
-    result = json.loads((tmp_path / "eval.json").read_text())
-    assert result["top1"] == pytest.approx(100 / 12, rel=1e-5) == result["real"]
+    evaluate = ("--eval-only", "--init", tmp_path / "file.pt", "--data", tmp_path / "v2", "--workers", 0,
+                "--real-labels", tmp_path / "real.json")
+    for real, expected in (([[i] for i in range(12)], 100 / 12),                        # file 11 - label: file 7 is of class 4
+                           ([[7, 3]] * 3 + [[]] * 6 + [[1]] * 3, 50)):                  # images without classes do not count
+        (tmp_path / "real.json").write_text(json.dumps(real))
+        call(finetune, *evaluate)
+        result = json.loads((tmp_path / "eval.json").read_text())
+        assert result["top1"] == pytest.approx(100 / 12) and result["real"] == pytest.approx(expected)
+    (tmp_path / "real.json").write_text("[[1]]")
+    assert "--real-labels: 1 images, --data has 12 files" in refused(capsys, finetune, *evaluate)
 
 
 @pytest.mark.parametrize("name, kind, count", [
@@ -254,7 +264,7 @@ def test_transfer_sets_are_torchvisions_with_their_published_splits(name, kind, 
             super().__init__((transform(Image.new("RGB", (9, 7))), i % 5) for i in range(sizes[split]))
     monkeypatch.setattr(torchvision.datasets, kind, Fake)
     args = finetune.parse(["--data", name], {**finetune.SETTINGS, **finetune.TRAINING}, "")
-    data, validation = finetune.open_splits(args)
+    data, validation = finetune.open_split(args, train=True), finetune.open_split(args, train=False)
     assert (len(data), len(validation)) == (count, 30) and data[0][0].shape == (3, 7, 9)
     args.fraction = 0.5
     assert len(finetune.open_split(args, train=True)) == count // 2
@@ -340,4 +350,4 @@ def test_class_that_is_not_in_both_splits_is_named(tmp_path, capsys):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / folder / "0.png")
     message = refused(capsys, finetune, "--data", tmp_path, "--out", tmp_path / "out")
-    assert f"--data {tmp_path}: train/ and val/ (or test/) need the same class folders; missing in one: b, c" in message
+    assert f"--data {tmp_path}: train/ and val/ need the same classes; one lacks ['b', 'c']" in message
