@@ -324,7 +324,7 @@ def train(args):
     ])
     stream = Stream(data, transform, args.seed)
     steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = round(args.warmup_epochs * len(data) / args.batch_size)
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     torch.manual_seed(args.seed)
     model = detector(args, len(data.classes))
     encoder = model.backbone.encoder
@@ -340,11 +340,11 @@ def train(args):
     if args.compile:
         model.backbone.compile(dynamic=False)    # shapes in the heads vary
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    low = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, low, enabled=args.amp != "off")
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
     end = min(steps, step + (args.max_steps or steps))
     batches = load(stream, step, end, args)
-    log, saved, stopping = Log(args, step, steps), time.time(), False
+    log, last_save, stopping = Log(args, step, steps), time.time(), False
     while step < end:
         lr = step_decay(step, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
@@ -371,13 +371,13 @@ def train(args):
         optimizer.zero_grad()
         step += 1
         log.window.append({**sums, "grad_norm": grad_norm})
-        if step % args.log_every and step < end and not (stop and WORLD == 1):
+        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
             continue
 
         stopping = log.write(step, stop, epoch=step * args.batch_size / len(data), lr=lr)
-        if RANK == 0 and (step == end or stopping or time.time() - saved > 60 * args.save_minutes):
+        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
             save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
-            saved = time.time()
+            last_save = time.time()
         if stopping:
             break
     print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}", flush=True)
