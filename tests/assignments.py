@@ -1,4 +1,4 @@
-"""Fourteen exercises: bodies of functions are erased, students write them again, tests grade them.
+"""Sixteen exercises: bodies of functions are erased, students write them again, tests grade them.
 
     python tests/assignments.py list             # the table of docs/assignments.md
     python tests/assignments.py start 5 DIR      # a copy of the project without the code of exercise 5
@@ -67,6 +67,13 @@ EXERCISES = {
                  "how far and how broadly heads look, how much detail layers keep",
                  "A Closer Look, Eq. 1, Eq. 2, Fig. 3; Park and Kim, 2022",
                  "test_analysis", "eq1_distance or eq2 or fig3 or fig5", 3, "1"),
+    15: Exercise("simmim: random_mask SimMIM.forward", "mask squares, encode all patches, predict removed pixels",
+                 "SimMIM, Sec. 3", "test_simmim", "sec3 or published_simmim", 2, "5, 6"),
+    16: Exercise("dino: dino_loss DINO.update_center DINO.forward",
+                 "the loss over pairs of crops, the center of all outputs of the teacher, both at work; `monitors`: "
+                 "`entropy` of the targets, `kl` from target to student, `token_spread` of the teacher",
+                 "DINO, Eq. 1-4, Alg. 1", "test_dino", "dino_loss or dino_center or published_dino_gives or monitors", 2,
+                 "7, 8"),
 }
 HEADER = ("| # | erase | write again | source | `python -m pytest` | hours | needs |\n"
           "| --- | --- | --- | --- | --- | --- | --- |")

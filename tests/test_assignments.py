@@ -18,13 +18,15 @@ from assignments import EXERCISES, HEADER, find, main, row
 from conftest import ROOT
 
 import analysis
+import dino
 import distill
 import finetune
 import mae
 import mocov3
+import simmim
 import vit
 
-MODULES = {module.__name__: module for module in (vit, mae, mocov3, distill, finetune, analysis)}
+MODULES = {module.__name__: module for module in (vit, mae, mocov3, distill, finetune, analysis, simmim, dino)}
 PATCHES = "permute(0, 2, 4, 3, 5, 1)"
 SDPA = "F.scaled_dot_product_attention(q, k, v)"
 SCORES = "(q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-2, -1)"
@@ -40,6 +42,8 @@ COSINE = "0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))"
 TEACHER = "return [extras.attention[block] for block in self.blocks]"
 VOTES = "(similarity / temperature).exp()"
 VISIBLE = "scores[:, :, 1:, 1:].softmax(dim=-1)"
+UNITS = "noise.view(len(noise), side, unit, side, unit)[:, :, 0, :, 0]"
+SIMMIM_TARGET = "patchify(images, self.encoder.patch_size)"
 LOG = "(amplitude + 1e-6).log().mean(dim=(0, 1))"
 
 WRONG = {  # exercise: (what is wrong, function, old text, new text, perhaps again function, old, new)
@@ -284,6 +288,84 @@ WRONG = {  # exercise: (what is wrong, function, old text, new text, perhaps aga
           "tokens.reshape(len(tokens), -1, grid, grid)"),
          ("one-dimensional", "fourier_log_amplitude", "torch.fft.rfft2(maps)", "torch.fft.rfft(maps)"),
          ("odd grids", "fourier_log_amplitude", "grid % 2:", "grid < 0:")],
+    15: [("largest noise", "random_mask", "noise.argsort(dim=1)", "noise.argsort(dim=1, descending=True)"),
+         ("argsort over the batch", "random_mask", "noise.argsort(dim=1)", "noise.argsort(dim=0)"),
+         ("noise ignored", "random_mask", "noise.argsort(dim=1)", "torch.rand_like(noise).argsort(dim=1)"),
+         ("permutation not inverted", "random_mask", "ids_shuffle.argsort(dim=1)", "ids_shuffle"),
+         ("one mask for the batch", "random_mask", "ids_shuffle.argsort(dim=1)",
+          "ids_shuffle[:1].argsort(dim=1).expand_as(noise)"),
+         ("floor", "random_mask", "math.ceil(", "math.floor("),
+         ("round", "random_mask", "math.ceil(", "round("),
+         ("share of the visible", "random_mask", "side * side * mask_ratio", "side * side * (1 - mask_ratio)"),
+         ("mask inverted", "random_mask", "ids_restore <", "ids_restore >="),
+         ("mask off by one", "random_mask", "ids_restore <", "ids_restore <="),
+         ("noise of the upper left patches", "random_mask", UNITS, "noise.view(-1, unit, side, unit, side)[:, 0, :, 0]"),
+         ("units repeated as tiles", "random_mask", "repeat_interleave(unit, dim=1).repeat_interleave(unit, dim=2)",
+          "repeat(1, unit, unit)"),
+         ("units of one column", "random_mask", "repeat_interleave(unit, dim=2)", "repeat_interleave(unit, dim=1)"),
+         ("rows and columns exchanged", "random_mask", "unit, dim=2).", "unit, dim=2).mT."),
+         ("single patches", "random_mask", "def random_mask(noise, unit=2, mask_ratio=0.6):",
+          "def random_mask(noise, unit=2, mask_ratio=0.6):\n    unit = 1"),
+         ("loss of all patches", "forward", MASKED_MEAN, "error.mean()"),
+         ("loss of visible patches", "forward", MASKED_MEAN, MASKED_MEAN.replace("mask", "(1 - mask)")),
+         ("divided by all patches", "forward", MASKED_MEAN, "(error.mean(dim=-1) * mask).mean()"),
+         ("not divided by the colors", "forward", "error.mean(dim=-1)", "3 * error.mean(dim=-1)"),
+         ("squared error", "forward", ".abs()", ".square()"),
+         ("division by zero", "forward", ".clamp(min=1)", ""),
+         ("pixels normalized", "forward", SIMMIM_TARGET, f"{SIMMIM_TARGET}\n        target = (target - target.mean(-1, "
+          "keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()"),
+         ("MAE's order of pixels", "forward", SIMMIM_TARGET, f"{SIMMIM_TARGET}.unflatten(-1, (3, -1)).mT.flatten(-2)"),
+         ("visible patches become mask tokens", "forward", "[:, :, None] > 0", "[:, :, None] == 0"),
+         ("zeros for the mask token", "forward", "self.mask_token", "0 * self.mask_token"),
+         ("mask token without position", "forward", "self.mask_token", "self.mask_token - self.encoder.pos_embed[:, 1:]"),
+         ("no position", "forward", " + self.encoder.pos_embed[:, 1:]", ""),
+         ("position twice", "forward", "self.encoder.patch_embed(", "self.encoder.embed("),
+         ("not normalized", "forward", "self.encoder.norm(x)", "x"),
+         ("class token not dropped", "forward", "norm(x)[:, 1:]", "norm(x)[:, :-1]"),
+         ("mask ignored", "forward", "if mask is None:", "if True:"),
+         ("needs a mask", "forward", "if mask is None:", "if False:"),
+         ("single patches without a mask", "forward", "device=images.device)", "device=images.device), unit=1"),
+         ("one mask for all without a mask", "forward", "torch.rand(len(images), ", "torch.rand(1, ")],
+    16: [("pairs of a crop with itself", "dino_loss", " if i != j", ""),
+         ("global crops only", "dino_loss", "enumerate(outputs)", "enumerate(outputs[:2])"),
+         ("local crops only", "dino_loss", "if i != j", "if j > 1"),
+         ("rows image by image", "dino_loss", ".chunk(2)", ".unflatten(0, (-1, 2)).unbind(1)"),
+         ("no center", "dino_loss", "teacher - center", "teacher"),
+         ("center added", "dino_loss", "teacher - center", "teacher + center"),
+         ("center after the temperature", "dino_loss", "(teacher - center) / teacher_temp", "teacher / teacher_temp - center"),
+         ("student centered too", "dino_loss", "student.to(center.dtype)", "(student - center)"),
+         ("teacher as soft as the student", "dino_loss", "/ teacher_temp", "/ student_temp"),
+         ("times the temperature", "dino_loss", "/ student_temp", "* student_temp"),
+         ("softmax over the batch", "dino_loss", "softmax(dim=1)", "softmax(dim=0)"),
+         ("sum over pairs", "dino_loss", ".mean()", ".sum()"),
+         ("divergence", "dino_loss", "F.cross_entropy(s, t)", 'F.kl_div(s.log_softmax(1), t, reduction="batchmean")'),
+         ("softmax before cross entropy", "dino_loss", "F.cross_entropy(s, t)", "F.cross_entropy(s.softmax(1), t)"),
+         ("teacher and student exchanged", "dino_loss", "F.cross_entropy(s, t)", "F.cross_entropy(t.log(), s.softmax(1))"),
+         ("largest output as a label", "dino_loss", "F.cross_entropy(s, t)", "F.cross_entropy(s, t.argmax(1))"),
+         ("center is the mean", "update_center", "mean, 0.1", "mean, 1.0"),
+         ("0.9 and 0.1 exchanged", "update_center", "mean, 0.1", "mean, 0.9"),
+         ("sum over the batch", "update_center", "teacher.mean(", "teacher.sum("),
+         ("mean of all outputs", "update_center", "dim=0,", "dim=(0, 1),"),
+         ("first global crop only", "update_center", "teacher.mean(", "teacher.chunk(2)[0].mean("),
+         ("center of centered outputs", "update_center", "teacher.mean(", "(teacher - self.center).mean("),
+         ("center of the distribution", "update_center", "teacher.mean(", "teacher.softmax(dim=1).mean("),
+         ("center updated first", "forward", "self.update_center(teacher)\n        return", "return", "forward",
+          "loss = dino_loss", "self.update_center(teacher)\n        loss = dino_loss"),
+         ("center never updated", "forward", "self.update_center(teacher)\n", "\n"),
+         ("center of the student", "forward", "update_center(teacher)", "update_center(student.detach())"),
+         ("crops image by image", "forward", "x.transpose(0, 1).flatten(0, 1)", "x.flatten(0, 1)"),
+         ("student sees global crops only", "forward", "torch.cat([self.student(x1), self.student(x2)])", "self.student(x1)"),
+         ("local crops enlarged", "forward", "self.student(x2)", "self.student(F.interpolate(x2, x1.shape[-1]))"),
+         ("teacher sees local crops", "forward", "self.teacher.embed(x1)", "self.teacher.embed(x2)"),
+         ("student as the teacher", "forward", "self.teacher.pool(self.teacher.encode(self.teacher.embed(x1)))",
+          "self.student.pool(self.student.encode(self.student.embed(x1)))"),
+         ("head of the student", "forward", "self.teacher.head(", "self.student.head("),
+         ("temperatures exchanged", "forward", "self.temperature, self.teacher_temp", "self.teacher_temp, self.temperature"),
+         ("entropy of soft outputs", "forward", "/ self.teacher_temp", "/ self.temperature"),
+         ("entropy in bits", "forward", "sharp.softmax(dim=1))", "sharp.softmax(dim=1)) / 0.6931471805599453"),
+         ("negative divergence", "forward", "loss.detach() - entropy", "entropy - loss.detach()"),
+         ("divergence with gradient", "forward", "loss.detach()", "loss"),
+         ("spread of the outputs", "forward", "spread(tokens)", "spread(student)")],
 }
 TWO_RANKS = [  # of exercise 7: whoever starts processes needs the change in a file
     ("labels without the rank's offset", "similarities", " + dist.get_rank() * len(q)", ""),
@@ -389,7 +471,8 @@ def test_start_erases_bodies_and_keeps_signature_and_docstring(number, tmp_path,
 @pytest.mark.parametrize("arguments, reason", [
     (("start", "5", ROOT / "copy"), "lies in the project itself"), (("start", "5", ROOT), "lies in the project itself"),
     (("start", "5", "full"), "is not an empty folder"), (("start", "5", "full/file"), "is not an empty folder"),
-    (("start", "15", "copy"), "from 1 to 14"), (("start", "5"), "from 1 to 14"), (("grade", "x"), "from 1 to 14"),
+    (("start", len(EXERCISES) + 1, "copy"), f"from 1 to {len(EXERCISES)}"), (("start", "5"), "from 1 to "),
+    (("grade", "x"), "from 1 to "),
     ((), "list, start")])
 def test_what_cannot_be_started_or_graded_is_refused_in_one_line(arguments, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

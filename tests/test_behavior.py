@@ -21,6 +21,7 @@ TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 6, "--log-every", 1)
 TOY_NETWORK = ("--arch", "toy", "--img-size", 32, "--patch-size", 8)
 EXTRA = {  # what a script needs beside TINY
     "mocov3": ("--mlp-dim", 64, "--dim", 32),
+    "dino": ("--hidden-dim", 64, "--out-dim", 32),
     "finetune": ("--warmup-epochs", 1, "--eval-every", 2, "--mixup", 0, "--randaug", 9),
 }
 

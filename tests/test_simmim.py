@@ -1,0 +1,180 @@
+"""simmim.py: the method against published numbers, then its claims, then a run."""
+import math
+
+import pytest
+import torch
+from conftest import GOLDENS, SIZES, agrees, call, fill, images, log_of, refused, run
+
+import mae
+import simmim
+import vit
+
+GOLDEN = GOLDENS["11_simmim"]
+MASK = torch.tensor([[float(bit) for row in rows for bit in row] for rows in GOLDEN["mask"]])    # (4, 16)
+
+
+def golden_model(dtype=torch.float64, **kw):
+    model = simmim.SimMIM(vit.VisionTransformer(**SIZES, **kw))
+    return fill(model, dtype=dtype, rename=lambda n: n.removeprefix("encoder.").replace("decoder.", "decoder.0."))
+
+
+# ------------------------------------------------------------ published numbers
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_published_simmim_gives_this_loss_prediction_and_gradient(dtype, tolerance):
+    model = golden_model(dtype)
+    loss, pred, mask = model(images(dtype=dtype), MASK.to(dtype))
+    loss.backward()
+    assert torch.equal(mask, MASK.to(dtype))
+    agrees(loss, GOLDEN["loss"], tolerance)
+    agrees(pred, GOLDEN["prediction_per_token"], tolerance)
+    agrees(simmim.unpatchify(pred, 8), GOLDEN["prediction_image"], tolerance)
+    norms = {n.removeprefix("encoder."): p.grad.norm() for n, p in model.named_parameters() if p.requires_grad}
+    norms = {n.replace("decoder.", "decoder.0."): norm for n, norm in norms.items()}
+    assert norms.keys() == GOLDEN["grad_norms"].keys()
+    for name, norm in GOLDEN["grad_norms"].items():
+        agrees(norms[name], norm, 10 * tolerance if dtype == torch.float32 else tolerance)
+    agrees(torch.stack(list(norms.values())).norm(), GOLDEN["grad_total_norm"], tolerance)
+
+
+def test_published_simmim_puts_mask_tokens_before_position_and_drops_the_class_token(monkeypatch):
+    model, seen = golden_model(), []
+    encode = model.encoder.encode
+    monkeypatch.setattr(model.encoder, "encode", lambda tokens: seen.append(tokens) or encode(tokens))
+    model(images(), MASK.double())
+    cls_token = (model.encoder.cls_token + model.encoder.pos_embed[:, :1]).expand(4, -1, -1)
+    agrees(torch.cat([cls_token, *seen], dim=1), GOLDEN["tokens_into_block_0"])
+    agrees(model.encoder.norm(encode(*seen))[:, 1:], GOLDEN["encoder_output"])
+
+
+def test_published_simmim_is_none_of_its_wrong_readings(monkeypatch):
+    model = golden_model()
+    _, pred, mask = model(images(), MASK.double())
+    error = (pred - simmim.patchify(images(), 8)).abs().mean(-1)
+    mae_order = (pred - mae.patchify(images(), 8)).abs().mean(-1)
+    position = model.encoder.pos_embed[:, 1:]
+    model.mask_token.data = model.mask_token - position    # so that the sum has none
+    without_position, _, _ = model(images(), mask)
+    wrong = {"all_pixels": error.mean(), "visible_pixels": error[mask == 0].mean(), "not_divided_by_3": 3 * error[mask == 1].mean(),
+             "mae_pixel_order": mae_order[mask == 1].mean(), "mask_token_without_position": without_position}
+    assert {f"alt_loss_{name}" for name in wrong} == {name for name in GOLDEN if name.startswith("alt_")}
+    for name, number in wrong.items():
+        agrees(number, GOLDEN[f"alt_loss_{name}"])
+        assert abs(number - GOLDEN["loss"]) > 0.005
+
+
+@pytest.mark.parametrize("size, patch_size, mask_unit", [(224, 16, 32), (32, 8, 16)])
+def test_published_simmim_masks_this_many_units_and_patches(size, patch_size, mask_unit):
+    golden = GOLDEN["mask_generator"][f"{size}_{mask_unit}_{patch_size}_0.6"]
+    grid, unit = size // patch_size, mask_unit // patch_size
+    mask = simmim.random_mask(torch.rand(3, grid ** 2), unit, 0.6)
+    assert mask.sum(1).tolist() == [golden["masked_tokens"]] * 3 and unit == golden["tokens_per_unit_side"]
+    assert golden["masked_units"] * unit ** 2 == golden["masked_tokens"]
+
+
+# ------------------------------------------------------------ claims
+
+@pytest.mark.parametrize("grid, unit, ratio", [(8, 2, 0.6), (12, 4, 0.5), (6, 1, 0.3), (9, 3, 0.6), (8, 2, 0)])
+def test_sec32_random_mask_is_made_of_the_whole_units_with_the_smallest_noise(grid, unit, ratio):
+    keys = torch.rand(5, grid ** 2)
+    mask = simmim.random_mask(keys, unit, ratio).view(5, grid, grid)
+    first = keys.view(5, grid, grid)[:, ::unit, ::unit].flatten(1)    # patches of the units
+    largest = first.sort(dim=1).values[:, math.ceil(first.shape[1] * ratio) - 1] if ratio else -torch.ones(5)
+    for row in range(grid):
+        for column in range(grid):
+            own = keys.view(5, grid, grid)[:, row // unit * unit, column // unit * unit]
+            assert torch.equal(mask[:, row, column], (own <= largest).float())
+
+
+def test_sec32_random_mask_is_uniform_over_the_units_and_differs_between_images():
+    torch.manual_seed(0)
+    mask = simmim.random_mask(torch.rand(4000, 64))
+    assert (mask.mean(0) - 10 / 16).abs().max() < 4.5 * math.sqrt(0.6 * 0.4 / 4000)
+    assert len(mask.unique(dim=0)) > 1000
+
+
+def test_sec3_without_a_mask_each_image_gets_a_random_one_of_60_percent_of_the_units():
+    torch.manual_seed(0)
+    model = simmim.SimMIM(vit.vit_toy(img_size=32, patch_size=4, depth=1))
+    _, _, mask = model(torch.randn(6, 3, 32, 32))
+    squares = mask.view(6, 4, 2, 4, 2)
+    assert mask.sum(1).tolist() == [40] * 6 and len(mask.unique(dim=0)) > 1
+    assert torch.equal(squares, squares[:, :, :1, :, :1].expand_as(squares))
+
+
+def test_sec3_masked_pixels_never_reach_the_prediction_and_visible_pixels_never_the_target():
+    model = golden_model()
+    loss, before, mask = model(images(), MASK.double())
+    pixels, other = simmim.patchify(images(), 8), 3 * simmim.patchify(images().flip(0), 8)
+    changed = simmim.unpatchify(pixels + mask[:, :, None] * other, 8)
+    changed_loss, after, _ = model(changed, mask)
+    assert torch.equal(before, after) and loss != changed_loss
+    error = (before - simmim.patchify(images(), 8)).abs()
+    assert loss.item() == pytest.approx(error[mask == 1].mean().item(), rel=1e-9)
+
+
+def test_sec3_the_encoder_sees_all_tokens(monkeypatch):
+    lengths = []
+    forward = vit.Block.forward
+    monkeypatch.setattr(vit.Block, "forward", lambda self, x: lengths.append(x.shape[1]) or forward(self, x))
+    golden_model()(images())
+    assert lengths == [17, 17, 17]
+
+
+def test_sec3_without_masking_there_are_features_and_no_division_by_zero():
+    loss, pred, _ = golden_model()(images(), torch.zeros(4, 16).double())
+    assert loss == 0 and pred.isfinite().all()
+
+
+def test_encoder_that_pools_by_mean_normalizes_every_token_in_simmim():
+    a, b = golden_model(global_pool="avg"), golden_model(global_pool="token")
+    assert a.state_dict().keys() == b.state_dict().keys() and "encoder.norm.weight" in a.state_dict()
+    assert torch.equal(a(images(), MASK.double())[0], b(images(), MASK.double())[0])
+
+
+def test_sec3_bf16_keeps_the_loss_in_float32():
+    model = golden_model(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, pred, _ = model(images(dtype=torch.float32), MASK)
+    assert loss.dtype == torch.float32 and pred.dtype == torch.bfloat16
+    agrees(loss, GOLDEN["loss"], 0.02)
+
+
+# ------------------------------------------------------------ runs
+
+def test_simmim_settings_of_photographs_are_the_authors():
+    args = simmim.parse(["--data", "x"], {**simmim.TRAINING, **simmim.SETTINGS}, out="")
+    recipe = dict(mask_unit=32, mask_ratio=0.6, min_crop=0.67, batch_size=2048, base_lr=1e-4 / 2, weight_decay=0.05, clip_grad=5)
+    assert recipe.items() <= vars(args).items() and (args.epochs, args.warmup_epochs) == (100, 10)
+
+
+def test_simmim_runs_from_the_command_line_learns_and_its_encoder_is_found(tmp_path):
+    out = run("simmim.py", "--out", tmp_path, "--fraction", 0.03, "--epochs", 40, "--max-steps", 24, "--batch-size", 12,
+              "--base-lr", 0.04, "--warmup-epochs", 1, "--workers", 0)
+    log = log_of(tmp_path)
+    assert "clip_grad 5.0" in out and "mask_unit 8, mask_ratio 0.6" in out and "step 24 of " in out
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert list(log[-1]) == ["step", "loss", "grad_norm", "epoch", "lr", "images_per_s", "data_wait"]
+    assert (tmp_path / "reconstruction.png").stat().st_size > 20000
+    _, report = vit.from_weights(tmp_path / "last.pt")    # what finetune.py, detect.py and analysis.py do
+    assert report.missing == [] and report.unused == ["mask_token", "decoder.weight", "decoder.bias"]
+
+
+def test_simmim_trains_with_the_masks_and_the_optimizer_of_its_settings(tmp_path, monkeypatch):
+    masks, groups = [], []
+    forward, adamw = simmim.SimMIM.forward, torch.optim.AdamW
+    monkeypatch.setattr(simmim, "draw_reconstructions", lambda *args: None)
+    monkeypatch.setattr(simmim.SimMIM, "forward", lambda self, x, mask: masks.append(mask) or forward(self, x, mask))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kw: groups.append(adamw(*args, **kw)) or groups[0])
+    call(simmim, "--fraction", 0.01, "--batch-size", 4, "--max-steps", 2, "--mask-unit", 16, "--mask-ratio", 0.3, "--out", tmp_path)
+    for mask in masks:
+        squares = mask.view(4, 2, 4, 2, 4).permute(0, 1, 3, 2, 4).flatten(3)    # (4, 2, 2, 16)
+        assert torch.equal(squares.amin(3), squares.amax(3)) and mask.sum(1).tolist() == [32] * 4
+    assert not torch.equal(*masks)
+    matrices, vectors = groups[0].param_groups
+    assert matrices["betas"] == (0.9, 0.999) and (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0)
+
+
+@pytest.mark.parametrize("arguments", [("--mask-unit", 6), ("--mask-unit", 12), ("--mask-unit", 2), ("--img-size", 36)])
+def test_a_mask_unit_that_does_not_fit_is_refused(arguments, tmp_path, capsys):
+    assert "--mask-unit must divide --img-size" in refused(capsys, simmim, *arguments, "--out", tmp_path)
