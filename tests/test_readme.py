@@ -52,6 +52,7 @@ def tiny(script, words):
         words = [word.replace("3,6,9,12", "3,6") for word in words]
         words += [] if "--teacher" in words else ["--teacher", "mae_pretrain_vit_base.pth"]
     batch = ["--batch-size", "8", "--epochs", "8", "--warmup-epochs", "0"]
+    sizes += ["--local-size", "16", "--out-dim", "64"] if script == "dino" else []
     if "transfer" in words:
         sizes = []
     return [*words, *TINY, *batch, *([] if script == "finetune" and "--init" in words else sizes)]
