@@ -289,7 +289,7 @@ def prepare(args, device):
     data, validation = open_split(args, train=not args.eval_only), open_split(args, train=False)
     other = sorted(set(data.classes) ^ set(validation.classes))
     if not args.eval_only and (other or validation.split == "training" or data.classes == [""]):
-        raise UserError(f"--data {args.data}: train/ and val/ need the same classes; one lacks {other[:5]}")
+        raise UserError(f"--data {args.data}: train/ and val/ need the same folders {' '.join(other[:5])}")
     if args.mode == "linear":
         model.head = probe_head(model.embed_dim, len(data.classes))
     elif args.mode == "finetune":

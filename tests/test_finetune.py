@@ -350,4 +350,4 @@ def test_class_that_is_not_in_both_splits_is_named(tmp_path, capsys):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / folder / "0.png")
     message = refused(capsys, finetune, "--data", tmp_path, "--out", tmp_path / "out")
-    assert f"--data {tmp_path}: train/ and val/ need the same classes; one lacks ['b', 'c']" in message
+    assert f"--data {tmp_path}: train/ and val/ need the same folders b c" in message

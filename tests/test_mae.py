@@ -57,7 +57,8 @@ def test_random_masking_keeps_the_smallest_noise_and_says_where_it_was():
     tokens, keys = torch.randn(3, 16, 5), torch.rand(3, 16)
     kept, mask, ids_restore = mae.random_masking(tokens, 0.7, keys)
     count = int(16 * (1 - 0.7))
-    assert kept.shape == (3, count, 5) and mask.sum(1).tolist() == [16 - count] * 3
+    assert kept.shape == (3, count, 5)
+    assert mask.sum(1).tolist() == [16 - count] * 3
     for b in range(3):
         assert set((mask[b] == 0).nonzero()[:, 0].tolist()) == set(keys[b].argsort()[:count].tolist())
         for place in (mask[b] == 0).nonzero()[:, 0]:
