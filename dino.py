@@ -48,14 +48,14 @@ import vit
 # ------------------------------------------------------------ the method
 
 class Cosines(nn.Linear):
-    """Cosines of rows and d directions: linear with weight norm, whose g is fixed at 1 (App. C)."""
+    """Cosines of rows and d directions, `(B, 256) -> (B, d)`: weight norm, norm fixed at 1 (App. C)."""
 
     def forward(self, x):
         return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
 
 def mlp(*dims):
-    """Linear layers with GELU, no BatchNorm; input and weights of the last have unit length (App. C)."""
+    """Linear layers, GELU between them, none before the last, `Cosines`; no BatchNorm (App. C)."""
     layers = []
     for dim_in, dim_out in zip(dims, dims[1:-1]):
         layers += [nn.Linear(dim_in, dim_out), nn.GELU()]
@@ -110,15 +110,15 @@ class DINO(nn.Module):
         self.center.lerp_(mean, 0.1)
 
     def forward(self, x1, x2):
-        """Crops `(B, 2, 3, S, S)` and `(B, V, 3, s, s)` -> loss (scalar). Then the center moves (Alg. 1)."""
+        """Crops, global `(B, 2, 3, S, S)`, local `(B, V, 3, s, s)` -> loss (scalar). The center moves."""
         x1, x2 = [x.transpose(0, 1).flatten(0, 1) for x in (x1, x2)]    # crop by crop
         student = torch.cat([self.student(x1), self.student(x2)])       # position is interpolated
         with torch.no_grad():
             tokens = self.teacher.pool(self.teacher.encode(self.teacher.embed(x1)))
             teacher = self.teacher.head(tokens)
         loss = dino_loss(student, teacher, self.center, self.temperature, self.teacher_temp)
-        sharp = (teacher - self.center) / self.teacher_temp
-        entropy = F.cross_entropy(sharp, sharp.softmax(dim=1))
+        logits = (teacher - self.center) / self.teacher_temp
+        entropy = F.cross_entropy(logits, logits.softmax(dim=1))    # of the targets
         self.monitors = {"entropy": entropy, "kl": loss.detach() - entropy, "token_spread": spread(tokens)}
         self.update_center(teacher)
         return loss
@@ -126,7 +126,7 @@ class DINO(nn.Module):
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument:   toy    32 px  photographs (the paper's); meaning; allowed values
+SETTINGS = {  # argument:   toy    32 px  photographs; meaning; allowed values
     "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
     "img_size":        ((32, 32, 224), "side of the images, in pixels"),
     "local_size":      ((16, 16, 96), "side of the local crops"),
@@ -166,7 +166,7 @@ def train(args):
     # Data: an endless stream. All that is random about sample number v follows from (seed, v).
     data = open_data(args, train=True)
     if args.batch_size > len(data):
-        raise UserError(f"--batch-size {args.batch_size}: only {len(data)} images, a batch has each once")
+        raise UserError(f"--batch-size {args.batch_size}: only {len(data)} images, too few for a batch")
     bicubic = v2.InterpolationMode.BICUBIC
     crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=bicubic)
     local = v2.RandomResizedCrop(args.local_size, (args.local_min_crop, args.min_crop), interpolation=bicubic)
@@ -213,7 +213,7 @@ def train(args):
             group["lr"] = lr
         decay = learning_rate(step, steps, 0, args.weight_decay, args.weight_decay_end)
         optimizer.param_groups[0]["weight_decay"] = decay              # of the matrices
-        x1, x2 = log.next(batches)                                     # (B, 2, 3, S, S), (B, V, 3, s, s)
+        x1, x2 = log.next(batches)    # global crops (B, 2, 3, S, S), local crops (B, V, 3, s, s), uint8
         x1 = (x1.to(device, non_blocking=True) - mean) / std
         x2 = (x2.to(device, non_blocking=True) - mean) / std
         with autocast:
@@ -221,7 +221,7 @@ def train(args):
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         grad_norm = torch.stack([nn.utils.clip_grad_norm_(p, args.clip_grad) for p in parameters]).norm()
-        if step * args.batch_size < len(data):    # the first epoch, in which the last layer stays
+        if step * args.batch_size < len(data):    # first epoch: the last layer is frozen
             model.student.head[-1].weight.grad = None
         scaler.step(optimizer)
         scaler.update()
@@ -274,7 +274,7 @@ def draw_attention(args, encoder, mean, std):
 def main(argv=None):
     args = parse(argv, {**TRAINING, **SETTINGS}, out="runs/dino")
     if args.accum > 1:
-        raise UserError(f"--accum {args.accum}: the center is that of the teacher's outputs of a batch, it "
+        raise UserError(f"--accum {args.accum}: the center moves once, by the whole batch, which here "
                         "cannot be split; use more ranks, --amp bf16, or a smaller --batch-size")
     train(args)
 

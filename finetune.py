@@ -8,8 +8,7 @@ Recipes: "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICM
     one GPU    python finetune.py --data DIR --init mae.pth --compile    # DIR/{train,val}/CLASS/*.jpg
     8 GPUs     torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth    # two nodes: as mae.py
     evaluate   python finetune.py --eval-only --init runs/finetune/best.pt    # writes eval.json beside it
-Results in --out: config.json, log.jsonl, last.pt, best.pt. Shapes: B images, C classes, D width, S image
-size. Read up to the end of `train`, skip the plumbing.
+Results in --out. B images, C classes, D width, S image size. Read up to the end of `train`.
 """
 import argparse
 import functools
@@ -110,7 +109,7 @@ OPERATIONS = {  # of a uint8 image (3, H, W); strength m from 0 to 1; s is m or 
 
 
 class RandAugment(nn.Module):
-    """timm's: two operations, each with probability 0.5 and a strength of about `strength`, 0 (off) to 10."""
+    """timm's: two operations, each applied with probability 0.5; strength: normal, std 0.5, 0 (off) to 10."""
 
     def __init__(self, strength):
         super().__init__()
@@ -127,9 +126,9 @@ class RandAugment(nn.Module):
 
 
 def mix(images, labels, mixup, cutmix, num_classes):
-    """Mixup or cutmix, by these alphas, 0: off; one lambda per 128 images: images and targets `(B, C)`."""
-    kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
-    mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    """Mixup or cutmix at random (alpha 0: off), one lambda per 128 images: images, targets `(B, C)`."""
+    pairs = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+    mixers = [mixer(alpha=alpha, num_classes=num_classes) for mixer, alpha in pairs if alpha]
     chunks = map(v2.RandomChoice(mixers), images.split(128), labels.split(128))
     return [torch.cat(parts) for parts in zip(*chunks)]
 
@@ -138,7 +137,7 @@ def mix(images, labels, mixup, cutmix, num_classes):
 
 SETTINGS = {  # argument: toy, small (32 px), photos, or all; meaning; minimum, maximum or choices
     "mode": ("finetune", "what to do", "finetune", "linear", "knn"),
-    "recipe": ("improved", "the paper's, DeiT's, for small data", "improved", "original", "transfer"),
+    "recipe": ("improved", "of finetune: the paper's, DeiT's", "improved", "original", "transfer"),
     "init": (None, "start from the weights of this checkpoint"),
     "keep_blocks": (100, "keep the lower blocks of --init (Fig. 2)", 0, 100),
     "arch": (("toy", "tiny", "tiny"), "of vit.py; default: of --init", *vit.ARCHS),
@@ -155,7 +154,7 @@ SETTINGS = {  # argument: toy, small (32 px), photos, or all; meaning; minimum, 
     "min_lr": (1e-6, "learning rate at the end", 0, 1e12),
     "weight_decay": (0.05, "not on 1-D tensors, class token, position", 0, 1),
     "layer_decay": ((0.75, 0.85, 0.85), "lr of a layer, relative to the next", 1e-3, 1),
-    "drop_path": (0.0, "stochastic depth of the last block", 0, 0.99),
+    "drop_path": (0.0, "stochastic depth, last block", 0, 0.99),
     "min_crop": ((0.5, 0.2, 0.08), "smallest crop, as a share of the image's area", 0, 1),
     "randaug": ((0.0, 10.0, 10.0), "strength of RandAugment, 0: off", 0, 10),
     "mixup": ((0.0, 0.2, 0.2), "alpha of mixup, 0: off", 0, 100),
@@ -188,16 +187,17 @@ def train(args):
     device, stop = setup(args)
     model, data, validation = prepare(args, device)
     if args.eval_only or args.mode == "knn":    # nothing is trained
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it
         return evaluate(args, model, data, validation, device)
 
     # Data: an endless stream. All that is random about sample number v follows from (seed, v).
-    noise = [v2.ToDtype(torch.float32), v2.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()),
+    erase = [v2.ToDtype(torch.float32), v2.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()),
              v2.RandomErasing(args.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")]
     transform = v2.Compose([
         v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
         RandAugment(args.randaug),
-        *(noise if args.erasing else []),    # float32: four times the bytes
+        *(erase if args.erasing else []),    # float32: four times the bytes
     ])
     stream = Stream(len(data), args.seed, functools.partial(make_sample, data, transform))
     mean, std = (0, 1) if args.erasing else (MEAN.to(device), STD.to(device))
@@ -209,9 +209,9 @@ def train(args):
     # Optimizer: new or from the checkpoint of an interrupted run.
     base_lr = args.base_lr * args.batch_size / 256
     groups = layer_decay_groups(model, base_lr, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)    # betas .9, .999
-    if args.optimizer != "adamw":
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=args.optimizer == "nesterov", fused=True)
+    sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=args.optimizer == "nesterov")
+    make_optimizer = torch.optim.AdamW if args.optimizer == "adamw" else sgd
+    optimizer = make_optimizer(groups, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
     if args.compile:
@@ -232,7 +232,7 @@ def train(args):
         for part in range(args.accum):
             images, targets = log.next(batches)
             images = (images.to(device, non_blocking=True) - mean) / std   # (B, 3, S, S)
-            targets = targets.to(device, non_blocking=True)                # (B,) or, mixed, (B, C)
+            targets = targets.to(device, non_blocking=True)                # (B,); mixed (B, C)
             seed = np.random.SeedSequence((args.seed, step, RANK, part))   # of mixing, stochastic depth
             torch.manual_seed(int(seed.generate_state(1)[0]))
             if args.mixup or args.cutmix:

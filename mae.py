@@ -129,7 +129,7 @@ class MaskedAutoencoder(nn.Module):
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument: toy, small (32 px), photos (the paper's); meaning; minimum, maximum or choices
+SETTINGS = {  # argument: toy, small (32 px), photos; meaning; minimum, maximum or choices
     "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
     "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
     "patch_size":      ((4, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),

@@ -175,7 +175,7 @@ class MoCoV3(nn.Module):
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument:   toy    32 px  photographs (the paper's); meaning; allowed values
+SETTINGS = {  # argument:   toy    32 px  photographs; meaning; allowed values
     "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
     "img_size":        ((32, 32, 224), "side of the images, in pixels"),
     "patch_size":      ((8, 4, 16), "side of a patch, in pixels"),
@@ -210,7 +210,7 @@ def train(args):
     # Data: an endless stream. All that is random about sample number v follows from (seed, v).
     data = open_data(args, train=True)
     if args.batch_size > len(data):
-        raise UserError(f"--batch-size {args.batch_size}: only {len(data)} images, a batch has each once")
+        raise UserError(f"--batch-size {args.batch_size}: only {len(data)} images, too few for a batch")
     crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1))    # bilinear
     jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, args.saturation, args.hue)], p=0.8)
     gray = v2.RandomGrayscale(args.gray)

@@ -38,7 +38,7 @@ import vit
 # ------------------------------------------------------------ the method
 
 def patchify(images, patch_size):
-    """`(B, 3, H, W) -> (B, L, p*p*3)`: patches row by row, each as (3, p, p), not MAE's (p, p, 3)."""
+    """`(B, 3, H, W) -> (B, L, p*p*3)`: patches row by row, each as (3, p, p), as PixelShuffle."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, patch_size * patch_size * C)
@@ -95,7 +95,7 @@ class SimMIM(nn.Module):
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument: toy, small (32 px), photos (the paper's); meaning; minimum, maximum or choices
+SETTINGS = {  # argument: toy, small (32 px), photos; meaning; minimum, maximum or choices
     "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
     "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
     "patch_size":      ((4, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),
