@@ -277,7 +277,8 @@ def test_train_raises_the_decay_clips_each_tensor_and_freezes_the_last_layer_for
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append((p.shape, norm)) or clip(p, norm))
     for name in ("draw_curves", "draw_attention"):
         monkeypatch.setattr(dino, name, lambda *args: None)
-    call(dino, "--out", tmp_path / "run", *TINY, "--epochs", 2, "--max-steps", 12, "--weight-decay-end", 0.4)    # 10.25 steps an epoch
+    run = ("--epochs", 2, "--max-steps", 12, "--weight-decay-end", 0.4)    # 10.25 steps are an epoch
+    call(dino, "--out", tmp_path / "run", *TINY, *run)
     rising = [dino.learning_rate(step, 20, 0, 0.04, 0.4) for step in range(12)]
     np.testing.assert_allclose(decays, [[decay, 0.0] for decay in rising])
     assert frozen == [[(32, 256)]] * 11 + [[]]
