@@ -362,7 +362,7 @@ WRONG = {  # exercise: (what is wrong, function, old text, new text, perhaps aga
          ("head of the student", "forward", "self.teacher.head(", "self.student.head("),
          ("temperatures exchanged", "forward", "self.temperature, self.teacher_temp", "self.teacher_temp, self.temperature"),
          ("entropy of soft outputs", "forward", "/ self.teacher_temp", "/ self.temperature"),
-         ("entropy in bits", "forward", "sharp.softmax(dim=1))", "sharp.softmax(dim=1)) / 0.6931471805599453"),
+         ("entropy in bits", "forward", "logits.softmax(dim=1))", "logits.softmax(dim=1)) / 0.6931471805599453"),
          ("negative divergence", "forward", "loss.detach() - entropy", "entropy - loss.detach()"),
          ("divergence with gradient", "forward", "loss.detach()", "loss"),
          ("spread of the outputs", "forward", "spread(tokens)", "spread(student)")],

@@ -30,6 +30,7 @@ def forked(script, arguments, rank, ranks, port, errors):
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
     module = importlib.import_module(script)
     module.RANK, module.WORLD = rank, ranks
     for name in vars(module).copy():        # figures, which take most of a short run, are tested elsewhere
