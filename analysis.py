@@ -53,7 +53,7 @@ class CKA:
         self.hsic += (grams @ grams.T).cpu()                              # all pairs of layers at once
 
     def compute(self):
-        """CKA `(n1, n2)`, float64, at most 1; nan for a layer that is the same for all images."""
+        """CKA `(n1, n2)`, float64, at most 1; nan if a layer is zero."""
         norm = self.hsic.diagonal().sqrt()
         return (self.hsic / (norm[:, None] * norm))[:self.n1, self.n1:]
 
@@ -142,7 +142,7 @@ def open_models(words, seed):
 
 @torch.inference_mode()
 def measure(models, batches, names):
-    """What the named instruments read on mini-batches `(B, 3, S, S)` of equal size: arrays.
+    """What the named instruments measure on mini-batches `(B, 3, S, S)` of equal size: arrays.
 
     `["cka"][a][b] (depth + 1, depth + 1)`, layers of model a, then of b, which is a or the first model;
     `["fourier"][a] (depth + 1, grid // 2 + 1)`; `["attention"][a] (depth, 2, h)`, distance and entropy.
@@ -153,7 +153,7 @@ def measure(models, batches, names):
     for step, images in enumerate(batches, 1):
         features = {}
         for a, model in models.items():
-            _, (_, hidden) = model.encode(model.embed(images), hidden=True)
+            hidden = model.encode(model.embed(images), hidden=True)[1].hidden    # states of all layers
             if "cka" in names:
                 features[a] = cka_features(model, hidden)
                 for b in cka[a]:
@@ -200,7 +200,7 @@ def draw_fourier(fourier):
 
 def draw_attention(attention):
     """Fig. 5: a dot is a head, a line their mean."""
-    names = "distance in pixels\n(authors' tool: x 14, not x patch size 16)", "entropy in nats"
+    names = "distance in pixels\n(the paper's figure: patch size 14, not 16)", "entropy in nats"
     panels = [{a: (range(1, len(v) + 1), v[:, k]) for a, v in attention.items()} for k in (0, 1)]
     return draw_lines(dict(zip(names, panels)), "layer")
 
@@ -221,7 +221,7 @@ def draw_curves(folders):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    end = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    end = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))    # options come last
     verb, *words = argv[:end] or ["all", "mae=runs/mae/last.pt", "random"]
     args = parse(argv[end:], SETTINGS, out="runs/analysis")
     draw = {"cka": draw_cka, "fourier": draw_fourier, "attention": draw_attention}
@@ -234,9 +234,9 @@ def main(argv=None):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = open_models(words, args.seed)
     sizes = {model.to(device).eval().grid * model.patch_size for model in models.values()}
-    args.img_size = max(sizes)
     if len(sizes) > 1:
         raise UserError(f"the models take images of different sizes, in pixels: {sorted(sizes)}")
+    args.img_size = max(sizes)
     data = open_data(args, train=False)
     args.batch_size, args.accum = min(args.batch_size, args.images, len(data)), 1
     steps = min(args.images, len(data)) // args.batch_size    # whole mini-batches only
@@ -365,7 +365,7 @@ def open_data(args, train):
     elif args.data in NAMED:
         names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
         dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and train and LOCAL_RANK == 0:    # one process of each node gets both splits
+        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # one per node, both splits
             dataset(args.root, train, download=True)
         if args.download and train and WORLD > 1:
             dist.barrier()

@@ -1,6 +1,6 @@
 """Detection: a pre-trained ViT-Tiny as the backbone of Mask R-CNN (ViTDet, Li et al., 2022).
 
-Mask R-CNN wants large images and maps at several scales; a plain ViT has one scale and attends to everything.
+Mask R-CNN needs large images and maps at several scales; a plain ViT has one scale and attends to everything.
 So most blocks attend inside windows, and a pyramid is made from the last map. The rest is torchvision's, set
 as in ViTDet. COCO's average precision is computed by hand.
 
@@ -11,7 +11,7 @@ as in ViTDet. COCO's average precision is computed by hand.
     evaluate  python detect.py --data COCO --init runs/detect/last.pt --eval-only    # writes beside it
 COCO holds annotations/instances_{train,val}2017.json, train2017/, val2017/. Results in --out: config.json,
 log.jsonl, last.pt, detections.json, detections.png. N ranks do not repeat the run of one, as each draws the
-anchors and boxes that it trains on; they stay equal.
+anchors and boxes that it trains on; weights stay equal.
 Shapes: B images, D width, h heads, d = D / h; boxes are (x1, y1, x2, y2). Read up to the end of `train`.
 """
 import argparse
@@ -82,9 +82,9 @@ class RelativeAttention(vit.Attention):
         self.side = side
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
-        at, one = torch.arange(side), torch.eye(side)
-        place = torch.cat([one.repeat_interleave(side, dim=0), one.repeat(side, 1)], dim=1)
-        self.register_buffer("apart", at[:, None] - at + side - 1, persistent=False)
+        i, eye = torch.arange(side), torch.eye(side)
+        place = torch.cat([eye.repeat_interleave(side, dim=0), eye.repeat(side, 1)], dim=1)
+        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)    # rows of R
         self.register_buffer("place", place, persistent=False)    # (N, 2 side)
 
     def heads(self, x):
@@ -96,13 +96,13 @@ class RelativeAttention(vit.Attention):
         relative = torch.cat([rows, columns], dim=-1).flatten(2, 3)    # (B, h, N, 2 side)
         q = torch.cat([q * q.shape[-1] ** -0.5, relative], dim=-1)
         k = torch.cat([k, self.place.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
-        return q * q.shape[-1] ** 0.5, k, v    # attention divides by this root again
+        return q * q.shape[-1] ** 0.5, k, v    # attention divides by sqrt(d + 2 side)
 
 
 class SimplePyramid(nn.Module):
-    """The last map of a plain ViT at 4, 2, 1, 1/2 times its size, and one more by subsampling (Fig. 2).
+    """A plain ViT's last map at 4, 2, 1, 1/2 times its size, and one more by subsampling (ViTDet, Fig. 2).
 
-    Blocks attend inside windows, but for the last of each quarter (2, 5, 8, 11 of twelve). The encoder's
+    Blocks attend inside windows, except the last of each quarter (2, 5, 8, 11 of twelve). The encoder's
     position is now trained; its class token and norm go unused. No map has a stride below 2 pixels.
     """
 
@@ -122,7 +122,8 @@ class SimplePyramid(nn.Module):
         up = [nn.ConvTranspose2d(D // k, D // k // 2, 2, stride=2) for k in (1, 2, 1)]
         scales = [s for s in (4, 2, 1, 0.5) if encoder.patch_size / s >= 2]
         self.strides = [int(encoder.patch_size / s) for s in (*scales, 0.25)]
-        resize = {4: [up[0], LayerNorm2d(D // 2), nn.GELU(), up[1]], 2: up[2:], 1: [], 0.5: [nn.MaxPool2d(2)]}
+        grow = [up[0], LayerNorm2d(D // 2), nn.GELU(), up[1]]
+        resize = {4: grow, 2: [up[2]], 1: [], 0.5: [nn.MaxPool2d(2)]}
         self.levels = nn.ModuleList(nn.Sequential(
             *resize[s], nn.Conv2d(D // max(1, int(s)), channels, 1, bias=False), LayerNorm2d(channels),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)) for s in scales)
@@ -153,7 +154,7 @@ def detector(args, num_classes):
     `model(images, targets)` is a dict of losses; in evaluation `model(images)` lists dicts of boxes `(n, 4)`,
     labels, scores `(n,)` and masks `(n, 1, H, W)` in 0..1.
     """
-    encoder = vit.ARCHS[args.arch](img_size=args.pretrain_size, patch_size=args.patch_size)
+    encoder = vit.ARCHS[args.arch](args.pretrain_size, args.patch_size, num_heads=args.num_heads)
     C, box_features, proposals, rpn_samples, box_samples = HEADS[args.heads]
     backbone = SimplePyramid(encoder, args.img_size, args.window, C)
     S, strides, maps = args.img_size, backbone.strides, list(range(len(backbone.levels)))
@@ -171,8 +172,8 @@ def detector(args, num_classes):
         mask_roi_pool=MultiScaleRoIAlign(maps, 14, 0),
         mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1, LayerNorm2d),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, num_classes + 1))
-    # Positions stay float32 (bf16 rounds 600 to a multiple of 4): maps give anchors their type, predictions
-    # boxes. Maps cover the padded square; torchvision would infer scales from the first image's own size.
+    # Positions stay float32 (bf16 rounds 600 to a multiple of 4): anchors take their type from maps, boxes
+    # from predictions. Maps cover the padded square; torchvision would take the first image's size.
     head, box, mask = model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor
     for part in (*backbone.levels, head.cls_logits, head.bbox_pred, *box.children(), mask.mask_fcn_logits):
         part.register_forward_hook(lambda module, inputs, output: output.float())
@@ -183,8 +184,8 @@ def detector(args, num_classes):
 
 # ------------------------------------------------------------ average precision
 
-# A detection hits an object of its class if they overlap by a threshold. Down the list of all detections,
-# best first, each gives a recall and a precision: AP is the area below, averaged over ten thresholds.
+# A detection hits an object of its class if they overlap by a threshold. Each, best first, adds a point
+# (recall, precision); AP is the area under this curve, read at 101 recalls, averaged over ten thresholds.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 AREAS = np.array([[0, 1e10], [0, 1024], [1024, 9216], [9216, 1e10]])    # all, small, medium, large
@@ -208,7 +209,7 @@ def match(iou, ignored, crowd):
         fits = (iou[i] >= THRESHOLDS[:, None]) & (~taken | crowd)    # (4, 10, m)
         counting = fits & ~ignored[:, None]
         allowed = np.where(counting.any(axis=-1, keepdims=True), counting, fits)
-        best = m - 1 - np.where(allowed, iou[i], -1)[..., ::-1].argmax(axis=-1)    # of equals the last
+        best = m - 1 - np.where(allowed, iou[i], -1)[..., ::-1].argmax(axis=-1)    # a tie: the last
         objects[..., i] = np.where(allowed.any(axis=-1), best, -1)
         taken |= objects[..., i, None] == np.arange(m)
     return objects
@@ -219,19 +220,19 @@ def average_precision(records, num_classes, kind):
 
     records: `compare` of each image, sorted by image id (which orders equal scores).
     """
-    found = [[] for _ in range(num_classes)]    # scores, hits, what is neither hit nor miss
+    found = [[] for _ in range(num_classes)]    # scores, hits, which do not count
     objects = np.zeros((num_classes, 4), int)
     for r in records:
         for c in np.union1d(r["labels"], r["true_labels"]):
-            mine, true = np.flatnonzero(r["labels"] == c), np.flatnonzero(r["true_labels"] == c)
-            mine = mine[np.argsort(-r["scores"][mine], kind="stable")][:100]
+            ours, true = np.flatnonzero(r["labels"] == c), np.flatnonzero(r["true_labels"] == c)
+            ours = ours[np.argsort(-r["scores"][ours], kind="stable")][:100]
             crowd = r["crowd"][true]
             ignored = outside(r["true_area"][true]) | crowd
-            taken = match(r[kind + "_iou"][np.ix_(mine, true)], ignored, crowd)    # (4, 10, n)
-            hit = taken >= 0
-            on_ignored = np.pad(ignored, ((0, 0), (0, 1)))[np.arange(4)[:, None, None], taken]
-            skip = on_ignored | (~hit & outside(r[kind + "_area"][mine])[:, None])
-            found[c].append((r["scores"][mine], hit & ~skip, skip))
+            which = match(r[kind + "_iou"][np.ix_(ours, true)], ignored, crowd)    # (4, 10, n)
+            hit = which >= 0
+            on_ignored = np.pad(ignored, ((0, 0), (0, 1)))[np.arange(4)[:, None, None], which]    # -1: no
+            skip = on_ignored | (~hit & outside(r[kind + "_area"][ours])[:, None])
+            found[c].append((r["scores"][ours], hit & ~skip, skip))
             objects[c] += (~ignored).sum(axis=1)
     table = np.full((num_classes, 4, 10), np.nan)
     for c in np.flatnonzero(objects.any(axis=1)):
@@ -251,7 +252,7 @@ def average_precision(records, num_classes, kind):
 
 
 def compare(output, truth):
-    """What AP needs of an image: overlaps `(n, m)`, areas, scores, labels from 0; numpy arrays."""
+    """What AP needs from an image: overlaps `(n, m)`, areas, scores, labels from 0; numpy arrays."""
     def overlap(intersection, area, true_area):    # of a crowd: the share of the detection inside it
         union = torch.where(truth["crowd"], area[:, None], area[:, None] + true_area - intersection)
         return intersection / union.clamp(min=1e-9)
@@ -273,21 +274,22 @@ def compare(output, truth):
 
 # ------------------------------------------------------------ training
 
-HEADS = {  # channels, features of the box head, proposals, anchors and boxes that the losses see
+HEADS = {  # channels, features of the box head, proposals, anchors and boxes in the losses
     "toy": (48, 128, 100, 64, 32), "small": (64, 256, 300, 256, 128), "full": (256, 1024, 1000, 256, 512)}
-SETTINGS = {  # argument:   toy   small  photographs (the authors'); meaning; allowed values
+SETTINGS = {  # argument:   toy   small  photos (the authors'); meaning; allowed values
     "arch":          (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
     "img_size":      ((48, 224, 640), "longest side of the images"),
     "pretrain_size": ((32, 224, 224), "img_size of pre-training"),
     "patch_size":    ((4, 16, 16), "side of a patch"),
     "window":        ((6, 7, 14), "side of a window, in patches", 1, 999),
-    "heads":         (("toy", "small", "full"), "size of the detector's heads", *HEADS),
+    "heads":         (("toy", "small", "full"), "size of the heads", *HEADS),
+    "num_heads":     (12, "of the encoder; DeiT-Tiny has 3", 1, 1000),
     "min_scale":     ((0.8, 0.5, 0.1), "smallest image, in img_size"),
     "max_scale":     ((1.25, 2.0, 2.0), "largest image, cropped to img_size"),
-    "epochs":        ((2, 25, 100), "times that each image is seen", 1, 10 ** 6),
+    "epochs":        ((2, 25, 100), "passes over the images", 1, 10 ** 6),
     "warmup_epochs": ((0.1, 0.136, 0.136), "epochs of warm-up (COCO: 250 steps)", 0, 10 ** 6),
     "batch_size":    ((4, 16, 64), "images in an update, over ranks, --accum", 1, 10 ** 6),
-    "base_lr":       ((0.064, 1.6e-3, 4e-4), "learning rate per 256 images (4e-4: 1e-4 for 64)", 0, 1e12),
+    "base_lr":       ((0.064, 1.6e-3, 4e-4), "learning rate per 256 images", 0, 1e12),
     "weight_decay":  ((0.05, 0.05, 0.05), "AdamW's, not on 1-D tensors and position", 0, 1),
     "clip_grad":     ((1.0, 1.0, None), "largest norm of the gradient", 1e-9, 1e9),
     "init":          (None, "start from the encoder in this checkpoint"),
@@ -301,9 +303,9 @@ def make_sample(data, transform, i):
     """Image i `(3, S, S)`, uint8, and its objects: boxes `(n, 4)`, labels `(n,)`, masks `(n, S, S)`."""
     image, truth = data[i]
     image, masks = transform(tv_tensors.Image(image), tv_tensors.Mask(truth["masks"]))
-    left = masks.sum(dim=(1, 2)) > 0    # some objects lie outside the crop
-    masks = masks[left]
-    return image, {"boxes": mask_boxes(masks), "labels": truth["labels"][left], "masks": masks}
+    kept = masks.sum(dim=(1, 2)) > 0    # some objects lie outside the crop
+    masks = masks[kept]
+    return image, {"boxes": mask_boxes(masks), "labels": truth["labels"][kept], "masks": masks}
 
 
 def step_decay(step, steps, warmup, lr):
@@ -316,7 +318,7 @@ def step_decay(step, steps, warmup, lr):
 def train(args):
     device, stop = setup(args)
     data, validation = open_scenes(args, train=True), open_scenes(args, train=False)
-    transform = v2.Compose([    # large-scale jitter (Ghiasi et al., 2021), gray around small images
+    transform = v2.Compose([    # large-scale jitter (Ghiasi et al., 2021), gray padding
         v2.RandomHorizontalFlip(),
         v2.ScaleJitter((args.img_size, args.img_size), (args.min_scale, args.max_scale)),
         v2.RandomCrop(args.img_size, pad_if_needed=True,
@@ -353,9 +355,9 @@ def train(args):
         for part in range(args.accum):
             images, targets = zip(*log.next(batches))
             images = [image.to(device).float() for image in images]
-            targets = [{name: part.to(device) for name, part in target.items()} for target in targets]
+            targets = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
             seed = np.random.SeedSequence((args.seed, step, RANK, part)).generate_state(1)[0]
-            torch.manual_seed(int(seed))    # the network chooses anchors and boxes at random
+            torch.manual_seed(int(seed))    # anchors and boxes are chosen at random
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 losses = network(images, targets)
@@ -391,12 +393,12 @@ def evaluate_only(args):
     data = open_scenes(args, train=False)
     try:
         checkpoint = torch.load(args.init, map_location="cpu", weights_only=True)
-        vars(args).update({name: checkpoint["config"][name] for name in list(SETTINGS)[:6]})
+        vars(args).update({name: checkpoint["config"][name] for name in list(SETTINGS)[:7]})
+        data.img_size = args.img_size    # of toy scenes
         model = detector(args, len(data.classes))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
-        message = f"--init {args.init}: no detector of {len(data.classes)} classes ({error!r:.200})"
-        raise UserError(message) from None
+        raise UserError(f"--init {args.init}: no detector of these classes ({error!r:.200})") from None
     evaluate(args, model.to(device), data, device, stop, Path(args.init).with_name("evaluation.json"))
 
 
@@ -423,10 +425,7 @@ def evaluate(args, model, data, device, stop, path):
     records = [gathered[i % WORLD][i] for i in range(len(data))]
     results = {"images": len(records)}
     for kind in ("box", "mask"):
-        numbers = average_precision(records, len(data.classes), kind)
-        if args.data == "toy":
-            numbers.pop("APs")    # all are small
-        results[kind] = numbers
+        results[kind] = numbers = average_precision(records, len(data.classes), kind)
         print(kind, *(f"{name} {number:.1f}" for name, number in numbers.items()))
     path.write_text(json.dumps(results, indent=1))
     title = f"box AP {results['box']['AP']:.1f}, mask AP {results['mask']['AP']:.1f}"
@@ -434,7 +433,7 @@ def evaluate(args, model, data, device, stop, path):
 
 
 def draw_detections(path, shown, classes, title):
-    """True objects above, detections and their scores below."""
+    """True objects above, detections below."""
     figure = Figure((2.4 * len(shown) + 0.4, 5.6), layout="tight")
     axes = figure.subplots(2, len(shown), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     axes[0, 0].set_ylabel("true")
@@ -492,8 +491,8 @@ class ToyScenes(Dataset):
         area = masks.sum(dim=(1, 2))
         seen = area > 40    # pixels
         masks, labels = masks[seen].byte(), torch.from_numpy(labels)[seen] + 1
-        truth = {"masks": masks, "labels": labels, "boxes": mask_boxes(masks)}
-        return image, {**truth, "area": area[seen].double(), "crowd": labels == 0}
+        return image, {"masks": masks, "labels": labels, "boxes": mask_boxes(masks),
+                       "area": area[seen].double(), "crowd": labels == 0}
 
 
 class Coco(Dataset):
@@ -517,7 +516,7 @@ class Coco(Dataset):
         for image in sorted(listing["images"], key=lambda image: image["id"]):
             if image["file_name"] not in present:
                 raise UserError(f"{folder / image['file_name']}: not there, but listed in {path}")
-            if objects[image["id"]] or not train:    # kept as text, which is small
+            if objects[image["id"]] or not train:    # as text, which is small
                 self.samples.append((str(folder / image["file_name"]), json.dumps(objects[image["id"]])))
         if not any(objects.values()):
             raise UserError(f"{path}: lists no objects")
@@ -527,15 +526,18 @@ class Coco(Dataset):
 
     def __getitem__(self, i):
         file, text = self.samples[i]
-        image = v2.functional.pil_to_tensor(Image.open(file).convert("RGB"))
+        try:
+            image = v2.functional.pil_to_tensor(Image.open(file).convert("RGB"))
+        except Exception as error:
+            raise UserError(f"{file}: unreadable image ({error!r})") from None
         H, W = image.shape[1:]
         labels, outlines, boxes, area, crowd = zip(*json.loads(text)) if text != "[]" else [()] * 5
         masks = np.array([object_mask(outline, H, W) for outline in outlines], np.uint8)
         boxes = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)    # x, y, width, height
         boxes[:, 2:] += boxes[:, :2]
-        truth = {"masks": torch.from_numpy(masks.reshape(-1, H, W)), "labels": torch.tensor(labels).long()}
-        area, crowd = torch.tensor(area, dtype=torch.float64), torch.tensor(crowd).bool()
-        return image, {**truth, "boxes": boxes, "area": area, "crowd": crowd}
+        return image, {"masks": torch.from_numpy(masks.reshape(-1, H, W)), "boxes": boxes,
+                       "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool(),
+                       "area": torch.tensor(area, dtype=torch.float64)}
 
 
 def object_mask(segmentation, height, width):
@@ -574,7 +576,6 @@ class Stream(Dataset):
         return make_sample(self.data, self.transform, order[v % n])
 
 
-
 def load(stream, step, end, args):
     batches = (list(range(s * args.batch_size + RANK, (s + 1) * args.batch_size, WORLD)[part::args.accum])
                for s in range(step, end) for part in range(args.accum))
@@ -593,8 +594,8 @@ def main(argv=None):
     args = parse(argv, {**TRAINING, **SETTINGS}, out="runs/detect")
     if args.download or args.long_tail or args.fraction < 1:
         raise UserError("--download, --long-tail, --fraction: not here")
-    if args.img_size % args.patch_size or args.pretrain_size % args.patch_size:
-        raise UserError(f"--patch-size {args.patch_size} must divide --img-size and --pretrain-size")
+    if args.patch_size.bit_count() != 1 or args.img_size % (2 * args.patch_size):
+        raise UserError(f"--patch-size {args.patch_size}: not a power of 2 that divides half of --img-size")
     return evaluate_only(args) if args.eval_only else train(args)
 
 

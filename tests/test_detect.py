@@ -286,7 +286,7 @@ def test_detect_trains_evaluates_and_draws(toy_run):
     parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
     assert log[0]["loss"] == pytest.approx(sum(log[0][part] for part in parts), rel=1e-4)
     results = json.loads((toy_run / "detections.json").read_text())
-    assert results["images"] == 3 and list(results["box"]) == list(results["mask"]) == ["AP", "AP50", "AP75"]
+    assert results["images"] == 3 and list(results["box"]) == list(results["mask"]) == ["AP", "AP50", "AP75", "APs"]
     with Image.open(toy_run / "detections.png") as figure:
         assert figure.height > 400 and len(figure.convert("L").getcolors()) > 50
 
@@ -311,11 +311,13 @@ def test_detect_on_cocos_folder_and_its_checkpoint_evaluated_again(coco, tmp_pat
 
 def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
     assert "instances_train2017.json" in refused(capsys, detect, "--data", tmp_path)
-    assert "no detector of 2 classes" in refused(
+    assert "no detector of these classes" in refused(
         capsys, detect, "--data", coco, "--preset", "toy", "--eval-only", "--init", toy_run / "last.pt")
     torch.save(vit.vit_toy(img_size=32, patch_size=4).state_dict(), tmp_path / "vit.pt")
-    assert "no detector of 4 classes" in refused(capsys, detect, "--eval-only", "--init", tmp_path / "vit.pt")
+    assert "no detector of these classes" in refused(capsys, detect, "--eval-only", "--init", tmp_path / "vit.pt")
     assert "--patch-size 5" in refused(capsys, detect, "--patch-size", 5)
+    assert "not a power of 2" in refused(capsys, detect, "--patch-size", 14, "--img-size", 224)    # torchvision rounds strides
+    assert "half of --img-size" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)
     path = coco / "annotations" / "instances_train2017.json"
     text = path.read_text()
     try:
@@ -325,6 +327,19 @@ def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
         assert "31.jpg: not there" in refused(capsys, detect, "--data", coco, "--preset", "toy")
     finally:
         path.write_text(text)
+    (tmp_path / "cut.jpg").write_bytes(b"not an image")
+    data = detect.Coco(coco, "val2017", train=False)
+    data.samples[0] = (str(tmp_path / "cut.jpg"), "[]")
+    with pytest.raises(detect.UserError, match="cut.jpg: unreadable image"):
+        data[0]
+
+
+def test_detect_evaluates_scenes_of_the_checkpoints_size(toy_run, tmp_path):
+    """Whatever sizes and heads are typed, those of training are used."""
+    checkpoint = torch.load(toy_run / "last.pt", weights_only=True)
+    call(detect, *SHORT, "--eval-only", "--init", toy_run / "last.pt", "--img-size", 96, "--num-heads", 6)
+    assert checkpoint["config"]["img_size"] != 96
+    assert json.loads((toy_run / "evaluation.json").read_text()) == json.loads((toy_run / "detections.json").read_text())
 
 
 def test_detect_two_ranks_stay_in_step_and_see_each_validation_image_once(tmp_path):
