@@ -318,7 +318,7 @@ def run(main, leave=os._exit):
         if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
             line = "error: a process that loads images was killed (out of memory?)"
         print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits neither for other ranks nor for workers
+        leave(2)    # waits for no rank and no worker
 
 
 # ======================================== plumbing, data: images and the sample stream

@@ -4,7 +4,7 @@ Recipes: "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICM
 
     laptop     python finetune.py --init runs/mae/last.pt    # without --init: from scratch
     probes     python finetune.py --mode linear --init runs/mae/last.pt    # or --mode knn
-    transfer   python finetune.py --recipe transfer --data pets --init mae.pth    # aircraft, flowers102
+    transfer   python finetune.py --recipe transfer --data pets --init mae.pth --epochs 100
     one GPU    python finetune.py --data DIR --init mae.pth --compile    # DIR/{train,val}/CLASS/*.jpg
     8 GPUs     torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth    # two nodes: as mae.py
     evaluate   python finetune.py --eval-only --init runs/finetune/best.pt    # writes eval.json beside it
@@ -187,7 +187,8 @@ def train(args):
     device, stop = setup(args)
     model, data, validation = prepare(args, device)
     if args.eval_only or args.mode == "knn":    # nothing is trained
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         return evaluate(args, model, data, validation, device)
 
     # Data: an endless stream. All that is random about sample number v follows from (seed, v).
@@ -273,10 +274,9 @@ def prepare(args, device):
     sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sizes |= vit.ARCHS[args.arch].keywords if args.arch else {}
     if args.init:    # gives the sizes that were not typed
-        path = args.out / "last.pt" if args.resume else args.init    # which may be gone
-        weights = vit.read_weights(path)
-        model, report = vit.from_weights(weights, num_classes=0, **sizes)
-        args.mode = weights.config.get("mode", args.mode) if args.eval_only else args.mode
+        weights = vit.read_weights(args.out / "last.pt" if args.resume else args.init)    # may be gone
+        model, report = vit.from_weights(weights, num_classes=0, in_chans=3, **sizes)
+        args.mode = weights.config.get("mode", "finetune") if args.eval_only else args.mode
     else:
         model = vit.VisionTransformer(**sizes)
         vit.init_weights(model, "truncated")
@@ -292,7 +292,7 @@ def prepare(args, device):
         raise UserError(f"--data {args.data}: train/ and val/ need the same folders {' '.join(other[:5])}")
     if args.mode == "linear":
         model.head = probe_head(model.embed_dim, len(data.classes))
-    elif args.mode == "finetune":
+    elif args.mode != "knn":
         model.head = nn.Linear(model.embed_dim, len(data.classes))
         nn.init.trunc_normal_(model.head.weight, std=2e-5 if args.init else 0.02)    # as MAE, DeiT
         nn.init.zeros_(model.head.bias)
@@ -481,7 +481,7 @@ def run(main, leave=os._exit):
         if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
             line = "error: a process that loads images was killed (out of memory?)"
         print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits neither for other ranks nor for workers
+        leave(2)    # waits for no rank and no worker
 
 
 # ======================================== plumbing, data: images and the sample stream
@@ -666,12 +666,12 @@ def start(args, data, **parts):
     if args.resume and RANK == 0:
         try:
             shared[0] = torch.load(path, map_location="cpu", weights_only=True)
-            config = shared[0]["config"]
-        except Exception as error:    # torch.load raises many types
+            config = dict(shared[0]["config"])
+        except Exception as error:
             raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
-        for name, value in vars(args).items():
-            if name not in FREE and config.get(name) != value:
-                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {value}")
+        for name in config | vars(args):
+            if name not in FREE and config.get(name) != vars(args).get(name):
+                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {vars(args).get(name)}")
         (args.out / "log.jsonl").write_text(shared[0]["log"])
     if WORLD > 1:
         dist.barrier()    # every rank has read --init, which may lie in --out
@@ -684,10 +684,10 @@ def start(args, data, **parts):
         return shared[0]["step"]
     if RANK == 0:
         out = args.out.absolute()
-        if (out / "config.json").exists():
+        if (out / "config.json").exists() or (out / "last.pt").exists():
             free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
             old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} already contains a run: renamed to {old}")
+            print(f"{out} has a run: renamed to {old}")
         out.mkdir(parents=True, exist_ok=True)
         print(f"new run in {out}")
         (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
@@ -734,14 +734,14 @@ class Log:
         if WORLD > 1:
             dist.all_reduce(stopping)
             dist.all_reduce(table)
-        table = table.cpu() / WORLD                                       # (steps, scalars), grad_norm last
+        table = table.cpu() / WORLD    # (steps, scalars), grad_norm last
         required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
         bad = (~required.isfinite().all(dim=1)).tolist()
         if any(bad):
             raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
                             "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
+        means, seconds = table.where(table.isfinite(), math.nan).nanmean(dim=0), time.time() - self.since
+        entry = {**dict(zip(self.window[0], means.tolist())), **entry}
         speed = len(table) * self.args.batch_size / seconds
         entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
         entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}

@@ -177,8 +177,8 @@ class MoCoV3(nn.Module):
 
 SETTINGS = {  # argument:   toy    32 px  photographs; meaning; allowed values
     "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
-    "img_size":        ((32, 32, 224), "side of the images, in pixels"),
-    "patch_size":      ((8, 4, 16), "side of a patch, in pixels"),
+    "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
+    "patch_size":      ((8, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),
     "dim":             ((64, 256, 256), "dimensions in which images are compared", 2, 10 ** 6),
     "mlp_dim":         ((256, 1024, 4096), "hidden width of projector and predictor", 1, 10 ** 6),
     "temperature":     ((0.2, 0.2, 0.2), "T, by which cosines are divided", 1e-3, 100),
@@ -209,8 +209,8 @@ def train(args):
     device, stop = setup(args)
     # Data: an endless stream. All that is random about sample number v follows from (seed, v).
     data = open_data(args, train=True)
-    if args.batch_size > len(data):
-        raise UserError(f"--batch-size {args.batch_size}: only {len(data)} images, too few for a batch")
+    if not 2 * WORLD <= args.batch_size <= len(data):
+        raise UserError(f"--batch-size {args.batch_size}: from 2 images a rank to all {len(data)} images")
     crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1))    # bilinear
     jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, args.saturation, args.hue)], p=0.8)
     gray = v2.RandomGrayscale(args.gray)
@@ -362,7 +362,7 @@ def run(main, leave=os._exit):
         if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
             line = "error: a process that loads images was killed (out of memory?)"
         print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits neither for other ranks nor for workers
+        leave(2)    # waits for no rank and no worker
 
 
 # ======================================== plumbing, data: images and the sample stream
@@ -547,12 +547,12 @@ def start(args, data, **parts):
     if args.resume and RANK == 0:
         try:
             shared[0] = torch.load(path, map_location="cpu", weights_only=True)
-            config = shared[0]["config"]
-        except Exception as error:    # torch.load raises many types
+            config = dict(shared[0]["config"])
+        except Exception as error:
             raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
-        for name, value in vars(args).items():
-            if name not in FREE and config.get(name) != value:
-                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {value}")
+        for name in config | vars(args):
+            if name not in FREE and config.get(name) != vars(args).get(name):
+                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {vars(args).get(name)}")
         (args.out / "log.jsonl").write_text(shared[0]["log"])
     if WORLD > 1:
         dist.barrier()    # every rank has read --init, which may lie in --out
@@ -565,10 +565,10 @@ def start(args, data, **parts):
         return shared[0]["step"]
     if RANK == 0:
         out = args.out.absolute()
-        if (out / "config.json").exists():
+        if (out / "config.json").exists() or (out / "last.pt").exists():
             free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
             old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} already contains a run: renamed to {old}")
+            print(f"{out} has a run: renamed to {old}")
         out.mkdir(parents=True, exist_ok=True)
         print(f"new run in {out}")
         (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
@@ -615,14 +615,14 @@ class Log:
         if WORLD > 1:
             dist.all_reduce(stopping)
             dist.all_reduce(table)
-        table = table.cpu() / WORLD                                       # (steps, scalars), grad_norm last
+        table = table.cpu() / WORLD    # (steps, scalars), grad_norm last
         required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
         bad = (~required.isfinite().all(dim=1)).tolist()
         if any(bad):
             raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
                             "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
+        means, seconds = table.where(table.isfinite(), math.nan).nanmean(dim=0), time.time() - self.since
+        entry = {**dict(zip(self.window[0], means.tolist())), **entry}
         speed = len(table) * self.args.batch_size / seconds
         entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
         entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}

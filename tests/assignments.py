@@ -72,7 +72,7 @@ EXERCISES = {
     16: Exercise("dino: dino_loss DINO.update_center DINO.forward",
                  "the loss over pairs of crops, the center of all outputs of the teacher, both at work; `monitors`: "
                  "`entropy` of the targets, `kl` from target to student, `token_spread` of the teacher",
-                 "DINO, Eq. 1-4, Alg. 1", "test_dino", "dino_loss or dino_center or published_dino_gives or monitors", 2,
+                 "DINO, Eq. 1-4, Alg. 1", "test_dino", "dino_loss or dino_center or published_dino_gives or monitors or dino_two_ranks", 2,
                  "7, 8"),
 }
 HEADER = ("| # | erase | write again | source | `python -m pytest` | hours | needs |\n"

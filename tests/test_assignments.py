@@ -216,6 +216,7 @@ WRONG = {  # exercise: (what is wrong, function, old text, new text, perhaps aga
          ("patches learn as the head", "layer_decay_groups", ", *model.patch_embed.parameters()", "", "layer_decay_groups",
           "*model.norm.p", "*model.patch_embed.parameters(), *model.norm.p"),
          ("norm forgotten", "layer_decay_groups", "*model.fc_norm.parameters(), ", ""),
+         ("norm of class-token networks forgotten", "layer_decay_groups", "*model.norm.parameters(), ", ""),
          ("block 0 with the embeddings", "layer_decay_groups", "for block in model.blocks", "for block in model.blocks[1:]",
           "layer_decay_groups", "[embeddings, ", "[embeddings + [*model.blocks[0].parameters()], "),
          ("frozen position left out", "layer_decay_groups", "in layer if", "in layer if p.requires_grad and"),

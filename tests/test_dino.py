@@ -307,6 +307,7 @@ def test_init_starts_student_and_teacher_from_the_file(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize("arguments, words", [
     (("--accum", 2), ("--accum 2", "center")),
     (("--fraction", 0.01, "--batch-size", 128), ("--batch-size 128", "82 images")),
+    (("--img-size", 0), ("--img-size 0 is not from 1",)),
     (("--local-size", 20), ("patch size 8 does not divide", "20 x 20"))])
 def test_dino_refuses_batches_that_it_cannot_use(arguments, words, tmp_path, capsys):
     message = refused(capsys, dino, "--out", tmp_path / "run", *arguments)

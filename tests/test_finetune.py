@@ -46,9 +46,9 @@ def weights(folder, name="last.pt"):
 
 @pytest.mark.parametrize("decay", [0.75, 1.0])
 def test_layer_decay_layer_i_learns_at_decay_to_the_depth_plus_1_minus_i(decay):
-    model = vit.vit_tiny(num_classes=10)
+    model = vit.vit_tiny(num_classes=10, global_pool="avg" if decay == 1 else "token")
     groups = finetune.layer_decay_groups(model, base_lr=0.4, weight_decay=0.05, decay=decay)
-    power = {"cls_token": 13, "pos_embed": 13, "patch_embed": 13, "fc_norm": 0, "head": 0}
+    power = {"cls_token": 13, "pos_embed": 13, "patch_embed": 13, "norm": 0, "fc_norm": 0, "head": 0}
     power |= {f"blocks.{block}": 12 - block for block in range(12)}
     parameters = dict(model.named_parameters())
     assert sorted(name for group in groups for name in group["names"]) == sorted(parameters)
@@ -338,6 +338,7 @@ def test_evaluation_that_was_killed_is_repeated(tmp_path, monkeypatch):
     ("--mode linear --accum 2", "--accum: the probe's BatchNorm sees the whole batch"),
     ("--eval-only", "--eval-only needs --init CHECKPOINT"),
     ("--eval-only --init mae.pt", "no head for the 10 classes"),
+    ("--eval-only --mode knn --init mae.pt", "no head for the 10 classes"),
     ("--arch tiny --init mae.pt", "cls_token: (1, 1, 96) in the file, (1, 1, 192) in the model"),
 ])
 def test_bad_arguments_of_finetune_are_named_in_one_line(arguments, message, checkpoint, tmp_path, capsys, monkeypatch):

@@ -257,6 +257,7 @@ def test_compile_makes_few_graphs_and_none_for_a_new_momentum():
 @pytest.mark.parametrize("arguments, words", [
     (("--accum", 2), ("--accum 2", "BatchNorm")),
     (("--fraction", 0.01, "--batch-size", 128), ("--batch-size 128", "82 images")),
+    (("--patch-size", 0), ("--patch-size 0 is not from 1",)),
     (("--batch-size", 1), ("--batch-size 1", "from 2"))])
 def test_mocov3_refuses_batches_that_it_cannot_contrast(arguments, words, tmp_path, capsys):
     message = refused(capsys, mocov3, "--out", tmp_path / "run", *arguments)
