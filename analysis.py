@@ -170,12 +170,12 @@ def measure(models, batches, names):
 
 
 def draw_cka(cka):
-    """Fig. 1, 6: each model with itself, then with the first."""
-    pairs = [(a, a) for a in cka] + [(a, b) for a in cka for b in cka[a] if a != b]
-    figure = Figure((2.8 * len(pairs) + 1, 3.2), layout="constrained")
-    for axis, (a, b) in zip(figure.subplots(1, len(pairs), squeeze=False).flat, pairs):
-        image = axis.imshow(cka[a][b], origin="lower", vmin=0, vmax=1)
-        axis.set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
+    """Fig. 1, 6: each model with itself; below, with the first."""
+    figure = Figure((2.2 * len(cka) + 1, 2.6 * min(2, len(cka))), layout="constrained")
+    for column, a in zip(figure.subplots(min(2, len(cka)), len(cka), squeeze=False).T, cka):
+        for axis, b in zip(column, (a, next(iter(cka)))):
+            image = axis.imshow(cka[a][b], origin="lower", vmin=0, vmax=1)
+            axis.set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
     figure.colorbar(image, ax=figure.axes, label="CKA")
     return figure
 
@@ -188,7 +188,7 @@ def draw_lines(panels, xlabel):
             axis.plot(x, y, ".", color=COLORS[i % 7], alpha=0.4)
             axis.plot(x, np.atleast_2d(np.transpose(y)).mean(axis=0), color=COLORS[i % 7], label=label)
         axis.set(xlabel=xlabel, ylabel=name)
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
