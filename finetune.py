@@ -303,7 +303,7 @@ def prepare(args, device):
     model.requires_grad_(args.mode == "finetune")    # the position too
     model.head.requires_grad_(True)
     feature = "mean of the patches" if model.global_pool == "avg" else "class token"
-    print(f"{path}: {report}" if args.init else "from scratch")
+    print(f"{weights.name}: {report}" if args.init else "from scratch")
     print(f"{args.img_size} px, {args.num_heads} heads; feature: {feature}, normalized; head: {model.head}")
     return model.to(device), data, validation
 

@@ -40,7 +40,7 @@ def test_study_block_runs(scale, tmp_path, monkeypatch):
     assert len({args.out for args in runs}) == len(runs) > 40
     monkeypatch.chdir(tmp_path)
     for line in (tmp_path / "analysis").read_text().splitlines():
-        with pytest.raises(OSError, match="scratch-all-./last.pt"):    # the first model is looked for: the words are right
+        with pytest.raises(analysis.vit.InputError, match="scratch-all-./last.pt"):    # the first model is looked for: the words are right
             analysis.main(line.split()[1:])
     if scale == "two cores":
         assert set(json.loads((tmp_path / "docs" / "study.json").read_text())) == set(NUMBERS)
