@@ -368,9 +368,10 @@ WRONG = {  # exercise: (what is wrong, function, old text, new text, perhaps aga
          ("divergence with gradient", "forward", "loss.detach()", "loss"),
          ("spread of the outputs", "forward", "spread(tokens)", "spread(student)")],
 }
-TWO_RANKS = [  # of exercise 7: whoever starts processes needs the change in a file
-    ("labels without the rank's offset", "similarities", " + dist.get_rank() * len(q)", ""),
-    ("keys of one's own rank", "similarities", "if dist.is_initialized():", "if False:")]
+TWO_RANKS = [  # exercise, ...: whoever starts processes needs the change in a file
+    ("labels without the rank's offset", 7, "similarities", " + dist.get_rank() * len(q)", ""),
+    ("keys of one's own rank", 7, "similarities", "if dist.is_initialized():", "if False:"),
+    ("center of one's own rank", 16, "update_center", " / WORLD", "", "update_center", "if WORLD > 1:", "if False:")]
 
 
 def changed(number, changes):
@@ -495,13 +496,14 @@ def test_grade_says_in_words_what_failed_and_accepts_the_right_body(tmp_path):
     assert call("grade", 5, folder=tmp_path) == (0, "exercise 5: all 3 tests passed\n")
 
 
-@pytest.mark.parametrize("changes", [pytest.param(changes, id=wrong) for wrong, *changes in TWO_RANKS])
-def test_two_ranks_reject_what_one_rank_cannot_see(changes, tmp_path):
-    main(["start", "7", str(tmp_path)])
-    whole = (ROOT / "mocov3.py").read_text()
-    for name, text in changed(7, changes).items():
-        whole = whole.replace(ast.get_source_segment(whole, find(whole, name)) + "\n", text)
-    (tmp_path / "mocov3.py").write_text(whole)
-    code, text = call("grade", 7, folder=tmp_path)
+@pytest.mark.parametrize("number, changes", [pytest.param(number, changes, id=wrong) for wrong, number, *changes in TWO_RANKS])
+def test_two_ranks_reject_what_one_rank_cannot_see(number, changes, tmp_path):
+    main(["start", str(number), str(tmp_path)])
+    script = EXERCISES[number].functions.split(":")[0] + ".py"
+    whole = (ROOT / script).read_text()
+    for name, text in changed(number, changes).items():
+        whole = whole.replace(ast.get_source_segment(whole, find(whole, name)) + "\n", text.lstrip(" "))
+    (tmp_path / script).write_text(whole)
+    code, text = call("grade", number, folder=tmp_path)
     assert code == 1 and text.count("failed: ") == 1
-    assert "failed: eq1 moco two ranks with half the batch each are one with the whole" in text
+    assert "two ranks with half the batch each are one with the whole" in text.split("failed: ")[1]
