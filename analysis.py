@@ -365,7 +365,7 @@ def open_data(args, train):
     elif args.data in NAMED:
         names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
         dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # one per node, both splits
+        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # once a node, both splits
             dataset(args.root, train, download=True)
         if args.download and train and WORLD > 1:
             dist.barrier()

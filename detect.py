@@ -122,8 +122,7 @@ class SimplePyramid(nn.Module):
         up = [nn.ConvTranspose2d(D // k, D // k // 2, 2, stride=2) for k in (1, 2, 1)]
         scales = [s for s in (4, 2, 1, 0.5) if encoder.patch_size / s >= 2]
         self.strides = [int(encoder.patch_size / s) for s in (*scales, 0.25)]
-        grow = [up[0], LayerNorm2d(D // 2), nn.GELU(), up[1]]
-        resize = {4: grow, 2: [up[2]], 1: [], 0.5: [nn.MaxPool2d(2)]}
+        resize = {4: [up[0], LayerNorm2d(D // 2), nn.GELU(), up[1]], 2: [up[2]], 1: [], .5: [nn.MaxPool2d(2)]}
         self.levels = nn.ModuleList(nn.Sequential(
             *resize[s], nn.Conv2d(D // max(1, int(s)), channels, 1, bias=False), LayerNorm2d(channels),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)) for s in scales)
@@ -282,7 +281,7 @@ SETTINGS = {  # argument:   toy   small  photos (the authors'); meaning; allowed
     "pretrain_size": ((32, 224, 224), "img_size of pre-training"),
     "patch_size":    ((4, 16, 16), "side of a patch"),
     "window":        ((6, 7, 14), "side of a window, in patches", 1, 999),
-    "heads":         (("toy", "small", "full"), "size of the heads", *HEADS),
+    "heads":         (("toy", "small", "full"), "size of the detector's heads", *HEADS),
     "num_heads":     (12, "of the encoder; DeiT-Tiny has 3", 1, 1000),
     "min_scale":     ((0.8, 0.5, 0.1), "smallest image, in img_size"),
     "max_scale":     ((1.25, 2.0, 2.0), "largest image, cropped to img_size"),
@@ -398,7 +397,8 @@ def evaluate_only(args):
         model = detector(args, len(data.classes))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
-        raise UserError(f"--init {args.init}: no detector of these classes ({error!r:.200})") from None
+        message = f"--init {args.init}: no detector of {len(data.classes)} classes ({error!r:.200})"
+        raise UserError(message) from None
     evaluate(args, model.to(device), data, device, stop, Path(args.init).with_name("evaluation.json"))
 
 
@@ -516,7 +516,7 @@ class Coco(Dataset):
         for image in sorted(listing["images"], key=lambda image: image["id"]):
             if image["file_name"] not in present:
                 raise UserError(f"{folder / image['file_name']}: not there, but listed in {path}")
-            if objects[image["id"]] or not train:    # as text, which is small
+            if objects[image["id"]] or not train:    # as text: small
                 self.samples.append((str(folder / image["file_name"]), json.dumps(objects[image["id"]])))
         if not any(objects.values()):
             raise UserError(f"{path}: lists no objects")
@@ -727,7 +727,7 @@ def start(args, data, **parts):
         try:
             shared[0] = torch.load(path, map_location="cpu", weights_only=True)
             config = dict(shared[0]["config"])
-        except Exception as error:
+        except Exception as error:    # many types
             raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
         for name in config | vars(args):
             if name not in FREE and config.get(name) != vars(args).get(name):
@@ -744,10 +744,10 @@ def start(args, data, **parts):
         return shared[0]["step"]
     if RANK == 0:
         out = args.out.absolute()
-        if (out / "config.json").exists() or (out / "last.pt").exists():
+        if (out / "config.json").exists() or path.exists():
             free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
             old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} has a run: renamed to {old}")
+            print(f"{out} already contains a run: renamed to {old}")
         out.mkdir(parents=True, exist_ok=True)
         print(f"new run in {out}")
         (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
@@ -800,8 +800,8 @@ class Log:
         if any(bad):
             raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
                             "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        means, seconds = table.where(table.isfinite(), math.nan).nanmean(dim=0), time.time() - self.since
-        entry = {**dict(zip(self.window[0], means.tolist())), **entry}
+        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
+        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
         speed = len(table) * self.args.batch_size / seconds
         entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
         entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}

@@ -391,7 +391,7 @@ def open_data(args, train):
     elif args.data in NAMED:
         names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
         dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # one per node, both splits
+        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # once a node, both splits
             dataset(args.root, train, download=True)
         if args.download and train and WORLD > 1:
             dist.barrier()
@@ -530,7 +530,7 @@ def start(args, data, **parts):
         try:
             shared[0] = torch.load(path, map_location="cpu", weights_only=True)
             config = dict(shared[0]["config"])
-        except Exception as error:
+        except Exception as error:    # many types
             raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
         for name in config | vars(args):
             if name not in FREE and config.get(name) != vars(args).get(name):
@@ -547,10 +547,10 @@ def start(args, data, **parts):
         return shared[0]["step"]
     if RANK == 0:
         out = args.out.absolute()
-        if (out / "config.json").exists() or (out / "last.pt").exists():
+        if (out / "config.json").exists() or path.exists():
             free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
             old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} has a run: renamed to {old}")
+            print(f"{out} already contains a run: renamed to {old}")
         out.mkdir(parents=True, exist_ok=True)
         print(f"new run in {out}")
         (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
@@ -603,8 +603,8 @@ class Log:
         if any(bad):
             raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
                             "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        means, seconds = table.where(table.isfinite(), math.nan).nanmean(dim=0), time.time() - self.since
-        entry = {**dict(zip(self.window[0], means.tolist())), **entry}
+        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
+        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
         speed = len(table) * self.args.batch_size / seconds
         entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
         entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}

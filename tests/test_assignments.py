@@ -368,7 +368,7 @@ WRONG = {  # exercise: (what is wrong, function, old text, new text, perhaps aga
          ("divergence with gradient", "forward", "loss.detach()", "loss"),
          ("spread of the outputs", "forward", "spread(tokens)", "spread(student)")],
 }
-TWO_RANKS = [  # exercise, ...: whoever starts processes needs the change in a file
+TWO_RANKS = [  # what is wrong, exercise, ...: whoever starts processes needs the change in a file
     ("labels without the rank's offset", 7, "similarities", " + dist.get_rank() * len(q)", ""),
     ("keys of one's own rank", 7, "similarities", "if dist.is_initialized():", "if False:"),
     ("center of one's own rank", 16, "update_center", " / WORLD", "", "update_center", "if WORLD > 1:", "if False:")]
@@ -506,4 +506,5 @@ def test_two_ranks_reject_what_one_rank_cannot_see(number, changes, tmp_path):
     (tmp_path / script).write_text(whole)
     code, text = call("grade", number, folder=tmp_path)
     assert code == 1 and text.count("failed: ") == 1
-    assert "two ranks with half the batch each are one with the whole" in text.split("failed: ")[1]
+    grader = {7: "eq1 moco", 16: "dino"}[number]
+    assert f"failed: {grader} two ranks with half the batch each are one with the whole" in text

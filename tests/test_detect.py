@@ -311,10 +311,10 @@ def test_detect_on_cocos_folder_and_its_checkpoint_evaluated_again(coco, tmp_pat
 
 def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
     assert "instances_train2017.json" in refused(capsys, detect, "--data", tmp_path)
-    assert "no detector of these classes" in refused(
+    assert "no detector of 2 classes" in refused(
         capsys, detect, "--data", coco, "--preset", "toy", "--eval-only", "--init", toy_run / "last.pt")
     torch.save(vit.vit_toy(img_size=32, patch_size=4).state_dict(), tmp_path / "vit.pt")
-    assert "no detector of these classes" in refused(capsys, detect, "--eval-only", "--init", tmp_path / "vit.pt")
+    assert "no detector of 4 classes" in refused(capsys, detect, "--eval-only", "--init", tmp_path / "vit.pt")
     assert "--patch-size 5" in refused(capsys, detect, "--patch-size", 5)
     assert "not a power of 2" in refused(capsys, detect, "--patch-size", 14, "--img-size", 224)    # torchvision rounds strides
     assert "half of --img-size" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)

@@ -53,3 +53,5 @@ def test_study_tables_say_what_was_measured():
     measured = {f"{mean(numbers):.1f} ± {stdev(numbers):.1f}" for numbers in groups.values() if len(numbers) == 3}
     said = set(re.findall(r"\d+\.\d ± \d+\.\d", PAGE))
     assert len(said) > 10 and said <= measured
+    readme = (ROOT / "README.md").read_text().split("| fine-tuned with |")[1].split("\n\n")[0]
+    assert all(row in PAGE for row in readme.replace("**", "").splitlines()[2:])
