@@ -188,7 +188,7 @@ def draw_lines(panels, xlabel):
             axis.plot(x, y, ".", color=COLORS[i % 7], alpha=0.4)
             axis.plot(x, np.atleast_2d(np.transpose(y)).mean(axis=0), color=COLORS[i % 7], label=label)
         axis.set(xlabel=xlabel, ylabel=name)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
