@@ -6,7 +6,7 @@
     python tests/bench.py throughput --arch tiny --batch-size 1024   # Table 2's columns
 
 Parts: load (decode, crop, flip, per core), views (MoCo-v3's two views, per core), toy (what loading costs of a toy
-step), mae, finetune, mocov3, distill (training steps of the network alone), end (a run of mae.py against its network
+step), memory (of a loading worker, Linux), mae, finetune, mocov3, distill (training steps of the network alone), end (a run of mae.py against its network
 alone), cka (layer similarity), throughput. Machines are noisy: rounds of the ways alternate, and the ratio is the
 median over rounds.
 """
@@ -233,15 +233,47 @@ def part_views(args):
 
 
 def part_toy(args):
-    settings = mae.parse([], {**mae.SETTINGS, **mae.TRAINING}, out="")
-    data = mae.open_data(settings, train=True)
-    crop = v2.RandomResizedCrop(32, (0.3, 1), interpolation=v2.InterpolationMode.BICUBIC)
-    transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    stream = mae.Stream(len(data), 0, functools.partial(mae.make_sample, data, transform, settings))
-    batches = mae.load(stream, 0, 10 ** 6, settings)
+    settings = mae.parse([], mae.settings, mae.PRESETS, out="")
+    samples = mae.Samples(mae.open_data(settings, train=True), settings)
+    batches = iter(torch.utils.data.DataLoader(samples, 128, sampler=range(10 ** 9)))
     step = training_step(functools.partial(mae_tiny, arch="toy", img_size=32, patch_size=4), 128)
     seconds = alternate({"a training step": step, "loading its images": lambda: next(batches)}, 10 * args.rounds)
     report("Toy images, batch 128", 128, "images", seconds)
+
+
+def part_memory(args):
+    """What a worker's private memory grows by in one epoch over the paths of 1.28 million images."""
+    print("\nPrivate memory of a worker, growth in one epoch over 1,281,167 paths")
+    for title, make in (("plain: a list of tuples", list_of_paths), ("here: an array", array_of_paths)):
+        paths = make(1_281_167)
+        receiver, sender = multiprocessing.Pipe()
+        worker = multiprocessing.get_context("fork").Process(target=look_at_all, args=(paths, sender))
+        worker.start()
+        print(f"  {title:36}{receiver.recv() / 1e6:12.1f} MB", flush=True)
+        worker.join()
+        del paths
+
+
+def list_of_paths(n):
+    return [(f"n{i // 1280:08d}/n{i // 1280:08d}_{i:08d}.JPEG", i // 1280) for i in range(n)]
+
+
+def array_of_paths(n):
+    return np.array([os.fsencode(path) for path, _ in list_of_paths(n)])
+
+
+def look_at_all(paths, sender):
+    """An epoch of a worker: its share of sample numbers, one of 8, in shuffled order."""
+    mae.permutation(len(paths), 0, 0)    # the order itself, 5 MB, is the same in both ways
+    before = private_bytes()
+    for v in range(0, len(paths), 8):
+        paths[mae.shuffled(v, len(paths), seed=0)]
+    sender.send(private_bytes() - before)
+
+
+def private_bytes():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
 
 
 def part_end(args):

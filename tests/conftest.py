@@ -6,7 +6,6 @@ import functools
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,9 +21,37 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import vit  # noqa: E402
+
 GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
 SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)    # the golden networks'
 TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, mlp_ratio=4)
+
+
+# ------------------------------------------------------------ quick and slow tests
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless --all is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    config.left_out = len(slow)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if getattr(config, "left_out", 0):
+        terminalreporter.write_line(
+            f"{config.left_out} slow tests were left out (kills, ranks, compile, wrong versions, "
+            "README's commands): python -m pytest --all")
 
 
 # ------------------------------------------------------------ golden numbers
@@ -83,7 +110,8 @@ def begin(script, *arguments, ranks=1, **popen):
     """Starts `python -W error script ...`, or torchrun with several gloo ranks, and returns the process."""
     launcher = [sys.executable, "-W", "error"]
     if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+                    f"--master_port={free_port()}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=ROOT, env=environment,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
@@ -98,21 +126,24 @@ def run(script, *arguments, code=0, **kw):
 
 
 def call(module, *arguments):
-    """Runs a script's `main` in this process; its signal handlers are undone."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        module.run(lambda: module.main([str(argument) for argument in arguments]), leave=sys.exit)
-    finally:
-        list(map(signal.signal, handlers.keys(), handlers.values()))
+    """Runs a script's `main` in this process; what it writes to stdout can be captured."""
+    module.main([str(argument) for argument in arguments])
 
 
 def refused(capsys, module, *arguments):
-    """Runs a script that must refuse its input: exit code 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as ended:
+    """Runs a script that must refuse its input: what it says, in one line."""
+    capsys.readouterr()
+    try:
         call(module, *arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    except vit.InputError as error:
+        line = str(error)
+    except SystemExit as ended:    # argparse
+        line = capsys.readouterr().err.strip()
+        assert ended.code == 2
+    else:
+        pytest.fail("the input was not refused")
+    assert line and "\n" not in line
+    return line
 
 
 def free_port():

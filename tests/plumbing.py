@@ -1,31 +1,44 @@
 """Copies mae.py's plumbing into every other script: `python tests/plumbing.py`.
 
-The plumbing is repeated on purpose: three blocks of text, each from one marker line ("# ====...") to the next.
+The plumbing is repeated on purpose. Below its line `# ====`, what a script has under the same name
+as mae.py (a function, a class, a constant) is the same text; what is special has another name.
 """
-import re
+import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("mae", "mocov3", "distill", "finetune", "detect", "analysis", "simmim", "dino")
+SCRIPTS = ("mae", "distill", "simmim", "mocov3", "dino", "finetune", "detect", "analysis")
 
 
-def blocks(text):
-    """`{marker line: block}` of a script: each block with its marker line, up to the next one."""
-    marks = [match.start() for match in re.finditer(r"^# ==", text, re.MULTILINE)]
-    parts = [text[start:end] for start, end in zip(marks, marks[1:])]
-    return {part.splitlines()[0]: part for part in parts}
+def plumbing(text):
+    """`{name: source}` of what stands below the line `# ====`; "__main__" is the script's end."""
+    lines = text.splitlines()
+    first = [i for i, line in enumerate(lines) if line.startswith("# ====")][0]
+    found = {}
+    for node in ast.parse(text).body:
+        if node.lineno <= first:
+            continue
+        if isinstance(node, ast.Assign):
+            name = node.targets[0].id
+        elif isinstance(node, ast.If):
+            name = "__main__"
+        else:
+            name = node.name
+        start = min([node.lineno, *(line.lineno for line in getattr(node, "decorator_list", []))])
+        found[name] = "\n".join(lines[start - 1:node.end_lineno])
+    return found
 
 
 def main():
-    original = blocks((ROOT / "mae.py").read_text())
-    for path in (ROOT / f"{name}.py" for name in SCRIPTS[1:]):
-        text = path.read_text() if path.exists() else ""
-        changed = text
-        for marker, block in blocks(text).items():
-            changed = changed.replace(block, original.get(marker, block))
-        if changed != text:
-            path.write_text(changed)
-            print(f"{path.name}: plumbing renewed")
+    original = plumbing((ROOT / "mae.py").read_text())
+    for script in SCRIPTS[1:]:
+        path = ROOT / f"{script}.py"
+        text = path.read_text()
+        for name, source in plumbing(text).items():
+            if source != original.get(name, source):
+                text = text.replace(source, original[name])
+                print(f"{path.name}: {name} renewed")
+        path.write_text(text)
 
 
 if __name__ == "__main__":

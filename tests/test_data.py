@@ -1,8 +1,8 @@
-"""Images and the sample stream: what lies in a folder is what is trained on, and sample v follows from (seed, v)."""
-import functools
+"""Images and samples: what lies in a folder is trained on; sample v follows from (seed, v) alone."""
 import hashlib
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,15 +13,20 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import mae
+import vit
 
 
 def arguments(*argv):
-    return mae.parse([str(text) for text in argv], {**mae.SETTINGS, **mae.TRAINING}, out="runs/test")
+    return mae.parse([str(text) for text in argv], mae.settings, mae.PRESETS, out="runs/test")
 
 
-def stream(args, data):
-    transform = v2.Compose([v2.RandomResizedCrop(args.img_size, (args.min_crop, 1)), v2.RandomHorizontalFlip()])
-    return mae.Stream(len(data), args.seed, functools.partial(mae.make_sample, data, transform, args))
+def folder_with(root, *names):
+    """A folder with a small image under each of these names."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7)).save(path, format="PNG")
+    return root
 
 
 # ------------------------------------------------------------ arguments
@@ -31,12 +36,6 @@ def test_parse_takes_the_preset_by_data_and_typed_arguments_win():
         assert (arguments(*argv).preset, arguments(*argv).img_size) == (preset, size)
     args = arguments("--data", "x", "--preset", "small", "--epochs", 7, "--no-norm-pix-loss")
     assert (args.arch, args.epochs, args.batch_size, args.norm_pix_loss) == ("tiny", 7, 512, False)
-
-
-def test_settings_of_photographs_are_the_papers():
-    args = arguments("--data", "x")
-    recipe = dict(mask_ratio=0.75, epochs=400, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4, weight_decay=0.05, min_crop=0.08)
-    assert recipe.items() <= vars(args).items() and mae.DECODERS["tiny"] == (96, 1, 3)
 
 
 def test_learning_rate_is_the_published_one_step_by_step():
@@ -53,17 +52,68 @@ def test_learning_rate_is_the_published_one_step_by_step():
 def test_open_data_reads_folders_with_their_classes(image_folder):
     data = mae.open_data(arguments("--data", image_folder), train=True)
     image, label = data[12]
-    assert (len(data), data.classes, label, data.split) == (36, ["bird", "boat", "bus"], 1, "training")
+    assert (len(data), data.classes, label) == (36, ["bird", "boat", "bus"], 1)
+    assert type(label) is int and data.targets[12] == 1
     assert image.dtype == torch.uint8 and image.shape[0] == 3
-    validation = mae.open_data(arguments("--data", image_folder), train=False)
-    assert len(validation) == 18 and validation.split == "validation"
+    assert len(mae.open_data(arguments("--data", image_folder), train=False)) == 18
 
 
 def test_open_data_takes_a_folder_without_classes_or_splits(image_folder):
     args = arguments("--data", image_folder / "train" / "bird")
     data = mae.open_data(args, train=True)
-    assert len(data) == 12 and set(data.targets) == {0}
-    assert mae.open_data(args, train=False).split == "training"
+    assert len(data) == 12 and set(data.targets) == {0} and data.classes == [""]
+    assert len(mae.open_data(args, train=False)) == 12    # figures show training images
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "test"])
+def test_val_valid_and_test_serve_for_validation(name, tmp_path):
+    root = folder_with(tmp_path, "train/a/1.png", "train/a/2.png", f"{name}/a/3.png")
+    assert len(mae.open_data(arguments("--data", root), train=True)) == 2
+    assert len(mae.open_data(arguments("--data", root), train=False)) == 1
+
+
+def test_a_folder_with_val_but_without_train_is_refused(tmp_path):
+    root = folder_with(tmp_path, "val/a/3.png")
+    with pytest.raises(vit.InputError, match="train: .*No such file"):
+        mae.open_data(arguments("--data", root), train=True)
+
+
+def test_photographs_beside_a_hidden_folder_are_all_trained_on(tmp_path, capsys):
+    names = [f"{i}.jpg" for i in range(50)]
+    root = folder_with(tmp_path, *names, ".thumbnails/1.jpg", "__MACOSX/1.jpg", "._2.jpg")
+    assert len(mae.open_data(arguments("--data", root), train=True)) == 50
+    assert "training: 50 images of 1 classes" in capsys.readouterr().out
+
+
+def test_loose_images_beside_class_folders_are_counted_as_a_class(tmp_path):
+    root = folder_with(tmp_path, "train/cat/1.png", "train/dog/deep/2.png", "train/3.png")
+    data = mae.open_data(arguments("--data", root), train=True)
+    assert data.classes == ["", "cat", "dog"]
+    assert sorted(os.fsdecode(path) for path in data.paths) == ["3.png", "cat/1.png", "dog/deep/2.png"]
+    assert [data[i][1] for i in range(3)] == data.targets.tolist()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "jfif", "jp2", "png", "bmp", "gif", "webp", "tif", "tiff"])
+def test_every_usual_kind_of_image_is_read(suffix, tmp_path):
+    formats = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
+    image = Image.new("RGB", (9, 7), (200, 100, 50))
+    image.save(tmp_path / f"a.{suffix}", format=formats.get(suffix, suffix.upper()))
+    pixels, _ = mae.open_data(arguments("--data", tmp_path), train=True)[0]
+    assert pixels.shape == (3, 7, 9) and pixels.dtype == torch.uint8
+
+
+def test_other_files_are_counted_not_silently_skipped(tmp_path, capsys):
+    root = folder_with(tmp_path, "a/1.png", "b/2.png")
+    for name in ("a/notes.txt", "b/list.csv", "readme.md"):
+        (root / name).write_text("hello")
+    mae.open_data(arguments("--data", root), train=True)
+    assert f"training: 2 images of 2 classes from {root}, 3 other files skipped" in capsys.readouterr().out
+
+
+def test_paths_are_one_array_that_workers_share(tmp_path):
+    data = mae.Folder(folder_with(tmp_path, "a/1.png", "b/2.png"))
+    assert isinstance(data.paths, np.ndarray) and data.paths.dtype.kind == "S"
+    assert isinstance(data.targets, np.ndarray)
 
 
 def test_open_data_follows_links_and_refuses_to_count_images_twice(image_folder, tmp_path):
@@ -72,7 +122,7 @@ def test_open_data_follows_links_and_refuses_to_count_images_twice(image_folder,
     assert len(mae.open_data(arguments("--data", tmp_path), train=True)) == 12
     (tmp_path / "train" / "boat").mkdir()
     (tmp_path / "train" / "boat" / "loop").symlink_to(tmp_path / "train")
-    with pytest.raises(mae.UserError, match="its images would count twice"):
+    with pytest.raises(vit.InputError, match="loop: links lead here twice"):
         mae.open_data(arguments("--data", tmp_path), train=True)
 
 
@@ -84,13 +134,13 @@ def test_open_data_refuses_a_folder_that_cannot_be_read(image_folder, monkeypatc
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(mae.UserError, match="Permission denied: '.*boat'"):
+    with pytest.raises(vit.InputError, match="Permission denied: '.*boat'"):
         mae.open_data(arguments("--data", image_folder), train=True)
 
 
 def test_open_data_without_images_names_the_folder(tmp_path):
     (tmp_path / "train" / "empty").mkdir(parents=True)
-    with pytest.raises((mae.UserError, OSError), match="empty"):
+    with pytest.raises(vit.InputError, match="train: no images"):
         mae.open_data(arguments("--data", tmp_path), train=True)
 
 
@@ -103,12 +153,6 @@ def test_images_of_every_mode_become_rgb(mode, tmp_path):
         assert (image[:, 0, 0].int() - torch.tensor([200, 100, 50])).abs().max() <= 30
 
 
-def test_images_with_a_transparent_palette_are_read_without_a_warning(tmp_path, recwarn):
-    Image.new("P", (8, 8)).save(tmp_path / "a.png", transparency=b"\x00\x80")
-    mae.open_data(arguments("--data", tmp_path), train=True)[0]
-    assert not recwarn.list
-
-
 @pytest.mark.parametrize("name, content, reason", [
     ("empty.jpg", b"", "cannot identify image file"), ("text.png", b"hello", "cannot identify image file"),
     (b"caf\xe9.jpg", b"", "unreadable image"), ("deep.png", None, "more than 8 bits")])
@@ -118,7 +162,7 @@ def test_images_that_cannot_be_read_are_named(name, content, reason, tmp_path):
         Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(os.fsdecode(path))
     else:
         open(path, "wb").write(content)
-    with pytest.raises(mae.UserError, match=reason) as error:
+    with pytest.raises(vit.InputError, match=reason) as error:
         mae.open_data(arguments("--data", tmp_path), train=True)[0]
     assert os.fsdecode(name) in str(error.value) and "\n" not in str(error.value)
 
@@ -167,59 +211,59 @@ def test_center_crop_resizes_to_256_crops_224():
     assert mae.center_crop(image[:, :32, :32], 32) .equal(image[:, :32, :32])
 
 
-# ------------------------------------------------------------ the sample stream
+# ------------------------------------------------------------ samples
 
-def test_stream_sample_v_depends_on_seed_and_v_alone():
+def test_sample_v_depends_on_seed_and_v_alone():
     args = arguments("--fraction", 0.01, "--crops-per-image", 2)
     data = mae.open_data(args, train=True)
-    first, second = stream(args, data), stream(args, data)
+    first = mae.Samples(data, args)
+    second = mae.Samples(data, args)
     in_order = [first[v] for v in range(100)]
     for v in (99, 3, 42):
         torch.rand(v)    # other random numbers drawn meanwhile
-        assert all(torch.equal(a, b) for a, b in zip(second[v], in_order[v]))
-    views, noise = in_order[0]
-    assert not torch.equal(views[0], views[1]) and not torch.equal(noise[0], noise[1])
+        for a, b in zip(second[v], in_order[v]):
+            assert torch.equal(a, b)
+    crops, noise = in_order[0]
+    assert not torch.equal(crops[0], crops[1]) and not torch.equal(noise[0], noise[1])
 
 
-def test_stream_of_another_seed_has_other_crops_and_masks():
+def test_samples_of_another_seed_have_other_crops_and_masks():
     args = arguments("--fraction", 0.01)
     data = mae.open_data(args, train=True)
-    other = arguments("--fraction", 0.01, "--seed", 1)
-    assert stream(args, data)[5][1].ne(stream(other, data)[5][1]).all()
-    assert not torch.equal(stream(args, data)[5][0], stream(other, data)[5][0])
+    one = mae.Samples(data, args)[5]
+    other = mae.Samples(data, arguments("--fraction", 0.01, "--seed", 1))[5]
+    assert one[1].ne(other[1]).all() and not torch.equal(one[0], other[0])
 
 
-def test_stream_shows_every_image_once_in_an_epoch_and_in_another_order_in_the_next():
-    seen = mae.Stream(50, 0, lambda i: int(i))
-    first, second = [seen[v] for v in range(50)], [seen[v] for v in range(50, 100)]
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
+    first = [mae.shuffled(v, 50, seed=0) for v in range(50)]
+    second = [mae.shuffled(v, 50, seed=0) for v in range(50, 100)]
     assert sorted(first) == sorted(second) == list(range(50)) and first != second
 
 
-@pytest.mark.parametrize("world, accum, workers", [(1, 1, 0), (2, 3, 0), (3, 2, 0), (2, 1, 2)])
-def test_ranks_and_accumulation_partition_each_step(world, accum, workers, monkeypatch):
-    args = arguments("--batch-size", 12, "--accum", accum, "--workers", workers)
+@pytest.mark.parametrize("world, accum", [(1, 1), (2, 3), (3, 2), (2, 1)])
+def test_ranks_and_micro_batches_partition_each_step(world, accum, monkeypatch, tmp_path):
+    """The numbers that DataLoader is given by `train`, for each rank."""
+    asked = {}
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, samples, batch_size, sampler, **kw):
+            asked[mae.RANK] = (batch_size, list(sampler))
+            raise vit.InputError("seen")
+    monkeypatch.setattr(mae, "DataLoader", Loader)
     monkeypatch.setattr(mae, "WORLD", world)
-    samples = {}
+    monkeypatch.setattr(mae.dist, "init_process_group", lambda *args, **kw: None)
+    monkeypatch.setattr(mae.dist, "all_gather_object", lambda found, own: None)
+    monkeypatch.setattr(mae.nn.parallel, "DistributedDataParallel", lambda model: model)
     for rank in range(world):
         monkeypatch.setattr(mae, "RANK", rank)
-        parts = [part.tolist() for part in mae.load(Numbers(), 5, 7, args)]
-        assert len(parts) == 2 * accum and {len(part) for part in parts} == {12 // world // accum}
-        for step in (0, 1):
-            samples.setdefault(5 + step, []).extend(v for part in parts[step * accum:(step + 1) * accum] for v in part)
-    for step, numbers in samples.items():
+        monkeypatch.setattr(mae.sys, "stdout", mae.sys.stdout)    # ranks redirect it
+        with pytest.raises(vit.InputError, match="seen"):
+            mae.main(["--fraction", "0.01", "--batch-size", "12", "--accum", str(accum), "--epochs", "2",
+                      "--out", str(tmp_path / str(rank))])
+    for step in range(3):
+        numbers = []
+        for size, mine in asked.values():
+            assert size == 12 // world // accum
+            numbers += mine[step * size * accum:(step + 1) * size * accum]
         assert sorted(numbers) == list(range(12 * step, 12 * step + 12))
-
-
-class Numbers(torch.utils.data.Dataset):
-    def __getitem__(self, v):
-        return v
-
-
-def test_workers_are_the_cores_that_this_process_may_use(monkeypatch):
-    seen = []
-    monkeypatch.setattr(mae, "DataLoader", lambda *args, **kw: seen.append(kw["num_workers"]) or [])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    for environment, argv in (("1", ["--data", "x"]), ("4", ["--data", "x"]), ("1", []), ("1", ["--workers", 5])):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", environment)
-        mae.load(None, 0, 1, arguments(*argv))
-    assert seen == [12, 3, 0, 5]    # toy images are in memory: no workers on a CPU

@@ -1,24 +1,48 @@
-"""The house: scripts share vit.py and nothing else; the plumbing is one text; six packages."""
+"""The house: scripts share vit.py and nothing else; plumbing is one text by name; six packages."""
 import ast
+import re
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from plumbing import SCRIPTS, blocks
+from plumbing import SCRIPTS, plumbing
 
-SCRIPTS = [name for name in SCRIPTS if (ROOT / f"{name}.py").exists()]
-PLUMBING = blocks((ROOT / "mae.py").read_text())
-
-
-def test_plumbing_has_three_blocks():
-    assert [marker.split("plumbing, ")[1].split(":")[0] for marker in PLUMBING] == ["start", "data", "training"]
+SHARED = plumbing((ROOT / "mae.py").read_text())
+LESSONS = {"distill": 120, "simmim": 145}  # changed lines above the plumbing, against mae.py
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_plumbing_is_one_text(script):
+def test_plumbing_of_one_name_is_one_text(script):
     """`python tests/plumbing.py` copies mae.py's."""
-    own = blocks((ROOT / f"{script}.py").read_text())
-    assert own and own.items() <= PLUMBING.items()
+    own = plumbing((ROOT / f"{script}.py").read_text())
+    assert "__main__" in own
+    for name in own.keys() & SHARED.keys():
+        assert own[name] == SHARED[name], name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_has_no_plumbing_that_it_does_not_use(script):
+    text = (ROOT / f"{script}.py").read_text()
+    for name in plumbing(text).keys() - {"__main__"}:
+        assert len(re.findall(rf"\b{name}\b", text)) > 1, name
+
+
+@pytest.mark.parametrize("script", LESSONS)
+def test_a_lesson_is_a_short_diff_of_mae(script, tmp_path):
+    files = []
+    for name in ("mae", script):
+        top, _, _ = (ROOT / f"{name}.py").read_text().partition("\n# ====")
+        files.append(tmp_path / name)
+        files[-1].write_text(top)
+    diff = subprocess.run(["diff", *files], capture_output=True, text=True).stdout
+    assert 0 < len(re.findall("^[<>]", diff, re.MULTILINE)) <= LESSONS[script]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "vit"])
+def test_no_line_is_wider_than_a_page(script):
+    for number, line in enumerate((ROOT / f"{script}.py").read_text().splitlines(), start=1):
+        assert len(line) <= 100, number
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "vit"])

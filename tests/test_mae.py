@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDENS, SIZES, agrees, call, fill, images, log_of, noise, run
+from conftest import GOLDENS, SIZES, agrees, call, fill, images, log_of, noise, refused, run
 
 import mae
 import vit
@@ -91,7 +91,11 @@ def test_sec3_masked_patches_never_reach_the_encoder():
 def test_sec3_the_encoder_sees_only_visible_tokens_and_the_decoder_all(monkeypatch):
     lengths = []
     forward = vit.Block.forward
-    monkeypatch.setattr(vit.Block, "forward", lambda self, x: lengths.append(x.shape[1]) or forward(self, x))
+
+    def counted(self, x):
+        lengths.append(x.shape[1])
+        return forward(self, x)
+    monkeypatch.setattr(vit.Block, "forward", counted)
     autoencoder()(images())
     assert lengths == [5, 5, 5, 17]    # three encoder blocks, one decoder block
 
@@ -145,34 +149,48 @@ def test_compiled_mae_equals_the_plain_one():
 # ------------------------------------------------------------ runs
 
 def test_mae_runs_from_the_command_line_and_learns(tmp_path):
-    out = run("mae.py", "--out", tmp_path, "--fraction", 0.0625, "--epochs", 40, "--max-steps", 128, "--batch-size", 16,
-              "--base-lr", 0.012, "--decoder-dim", 48)
+    out = run("mae.py", "--out", tmp_path, "--fraction", 0.0625, "--epochs", 40, "--max-steps", 128,
+              "--batch-size", 16, "--base-lr", 0.012, "--decoder-dim", 48)
     log = log_of(tmp_path)
-    assert "batch: 1 ranks x 16 images x 1 accum = 16; lr: 0.012 x 16 / 256 = 0.00075" in out
-    assert "stopped, --resume continues: step 128 of 1280" in out and "decoder_dim 48, decoder_depth 1" in out
+    assert "batch 16 = 1 ranks x 1 accum x 16 images; lr 0.00075 = 0.012 x 16 / 256" in out
+    assert f"step 128 of 1280: {tmp_path}" in out and "--decoder-dim 48 --decoder-depth 1" in out
+    assert "training: 512 images of 10 classes from toy" in out
     assert log[-1]["loss"] < 0.85 < 1 < log[0]["loss"]    # predicting each patch's mean gives 0.98
-    assert list(log[-1]) == ["step", "loss", "grad_norm", "epoch", "lr", "images_per_s", "data_wait"]
+    names = ["step", "loss", "epoch", "lr", "grad_norm", "images_per_s", "data_wait"]
+    assert list(log[-1]) == names
     for name in ("config.json", "last.pt", "reconstruction.png"):
         assert (tmp_path / name).stat().st_size > 100
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["step"] == 128 and state["config"]["decoder_dim"] == 48
 
 
-@pytest.mark.parametrize("arch, decoder", [("toy", (96, 1)), ("small", (192, 1)), ("base", (512, 8))])
-def test_mae_decoder_grows_with_the_encoder(arch, decoder, monkeypatch):
-    seen = []
-    monkeypatch.setattr(mae, "train", seen.append)
-    call(mae, "--arch", arch)
-    call(mae, "--arch", arch, "--decoder-dim", 48)
-    assert (seen[0].decoder_dim, seen[0].decoder_depth) == decoder and seen[1].decoder_dim == 48
+def test_mae_settings_are_the_papers_and_presets_say_what_differs():
+    args = mae.parse(["--data", "x"], mae.settings, mae.PRESETS, out="")
+    recipe = dict(arch="tiny", img_size=224, patch_size=16, mask_ratio=0.75, norm_pix_loss=True,
+                  decoder_dim=96, decoder_depth=1, decoder_heads=3, min_crop=0.08, epochs=400,
+                  warmup_epochs=40, batch_size=4096, base_lr=1.5e-4, weight_decay=0.05)
+    assert recipe.items() <= vars(args).items()
+    small = mae.parse(["--data", "cifar100"], mae.settings, mae.PRESETS, out="")
+    differ = {name for name in recipe if getattr(small, name) != recipe[name]}
+    assert differ == {"img_size", "patch_size", "min_crop", "warmup_epochs", "batch_size", "base_lr"}
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.985, "0 of 64"), (0, "64 of 64"), (1, "0 of 64")])
+def test_mask_ratios_that_leave_nothing_or_everything_are_refused(ratio, kept, capsys, tmp_path):
+    line = refused(capsys, mae, "--mask-ratio", ratio, "--out", tmp_path)
+    assert f"--mask-ratio {float(ratio)}: keeps {kept}" in line
 
 
 def test_mae_weight_decay_spares_one_dimensional_tensors_only(tmp_path, monkeypatch):
-    groups = []
-    adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kw: groups.append(adamw(*args, **kw)) or groups[0])
+    made = []
+
+    class AdamW(torch.optim.AdamW):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            made.append(self)
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
     call(mae, "--fraction", 0.01, "--batch-size", 8, "--max-steps", 1, "--out", tmp_path)
-    matrices, vectors = groups[0].param_groups
+    matrices, vectors = made[0].param_groups
     assert matrices["weight_decay"] == 0.05 and vectors["weight_decay"] == 0
     assert {p.ndim for p in vectors["params"]} == {1}
     assert any(p.shape == (1, 1, 96) for p in matrices["params"])    # class and mask token decay, as published

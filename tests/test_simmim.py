@@ -10,7 +10,9 @@ import simmim
 import vit
 
 GOLDEN = GOLDENS["11_simmim"]
-MASK = torch.tensor([[float(bit) for row in rows for bit in row] for rows in GOLDEN["mask"]])    # (4, 16)
+MASK = torch.tensor([[float(bit) for bit in "".join(rows)] for rows in GOLDEN["mask"]])    # (4, 16)
+NOISE = 1 - MASK    # the masked squares have the smallest
+ALL_VISIBLE = 0     # mask ratio
 
 
 def golden_model(dtype=torch.float64, **kw):
@@ -23,7 +25,7 @@ def golden_model(dtype=torch.float64, **kw):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 def test_published_simmim_gives_this_loss_prediction_and_gradient(dtype, tolerance):
     model = golden_model(dtype)
-    loss, pred, mask = model(images(dtype=dtype), MASK.to(dtype))
+    loss, pred, mask = model(images(dtype=dtype), 0.6, NOISE.to(dtype))
     loss.backward()
     assert torch.equal(mask, MASK.to(dtype))
     agrees(loss, GOLDEN["loss"], tolerance)
@@ -40,8 +42,12 @@ def test_published_simmim_gives_this_loss_prediction_and_gradient(dtype, toleran
 def test_published_simmim_puts_mask_tokens_before_position_and_drops_the_class_token(monkeypatch):
     model, seen = golden_model(), []
     encode = model.encoder.encode
-    monkeypatch.setattr(model.encoder, "encode", lambda tokens: seen.append(tokens) or encode(tokens))
-    model(images(), MASK.double())
+
+    def recorded(tokens):
+        seen.append(tokens)
+        return encode(tokens)
+    monkeypatch.setattr(model.encoder, "encode", recorded)
+    model(images(), 0.6, NOISE.double())
     cls_token = (model.encoder.cls_token + model.encoder.pos_embed[:, :1]).expand(4, -1, -1)
     agrees(torch.cat([cls_token, *seen], dim=1), GOLDEN["tokens_into_block_0"])
     agrees(model.encoder.norm(encode(*seen))[:, 1:], GOLDEN["encoder_output"])
@@ -49,12 +55,12 @@ def test_published_simmim_puts_mask_tokens_before_position_and_drops_the_class_t
 
 def test_published_simmim_is_none_of_its_wrong_readings(monkeypatch):
     model = golden_model()
-    _, pred, mask = model(images(), MASK.double())
+    _, pred, mask = model(images(), 0.6, NOISE.double())
     error = (pred - simmim.patchify(images(), 8)).abs().mean(-1)
     mae_order = (pred - mae.patchify(images(), 8)).abs().mean(-1)
     position = model.encoder.pos_embed[:, 1:]
     model.mask_token.data = model.mask_token - position    # so that the sum has none
-    without_position, _, _ = model(images(), mask)
+    without_position, _, _ = model(images(), 0.6, 1 - mask)
     wrong = {"all_pixels": error.mean(), "visible_pixels": error[mask == 0].mean(), "not_divided_by_3": 3 * error[mask == 1].mean(),
              "mae_pixel_order": mae_order[mask == 1].mean(), "mask_token_without_position": without_position}
     assert {f"alt_loss_{name}" for name in wrong} == {name for name in GOLDEN if name.startswith("alt_")}
@@ -67,7 +73,7 @@ def test_published_simmim_is_none_of_its_wrong_readings(monkeypatch):
 def test_published_simmim_masks_this_many_units_and_patches(size, patch_size, mask_unit):
     golden = GOLDEN["mask_generator"][f"{size}_{mask_unit}_{patch_size}_0.6"]
     grid, unit = size // patch_size, mask_unit // patch_size
-    mask = simmim.random_mask(torch.rand(3, grid ** 2), unit, 0.6)
+    mask = simmim.random_mask(torch.rand(3, grid ** 2), 0.6, unit)
     assert mask.sum(1).tolist() == [golden["masked_tokens"]] * 3 and unit == golden["tokens_per_unit_side"]
     assert golden["masked_units"] * unit ** 2 == golden["masked_tokens"]
 
@@ -77,7 +83,7 @@ def test_published_simmim_masks_this_many_units_and_patches(size, patch_size, ma
 @pytest.mark.parametrize("grid, unit, ratio", [(8, 2, 0.6), (12, 4, 0.5), (6, 1, 0.3), (9, 3, 0.6), (8, 2, 0)])
 def test_sec32_random_mask_is_made_of_the_whole_units_with_the_smallest_noise(grid, unit, ratio):
     keys = torch.rand(5, grid ** 2)
-    mask = simmim.random_mask(keys, unit, ratio).view(5, grid, grid)
+    mask = simmim.random_mask(keys, ratio, unit).view(5, grid, grid)
     first = keys.view(5, grid, grid)[:, ::unit, ::unit].flatten(1)    # patches of the units
     largest = first.sort(dim=1).values[:, math.ceil(first.shape[1] * ratio) - 1] if ratio else -torch.ones(5)
     for row in range(grid):
@@ -93,10 +99,10 @@ def test_sec32_random_mask_is_uniform_over_the_units_and_differs_between_images(
     assert len(mask.unique(dim=0)) > 1000
 
 
-def test_sec3_without_a_mask_each_image_gets_a_random_one_of_60_percent_of_the_units():
+def test_sec3_each_image_gets_a_mask_of_60_percent_of_the_squares():
     torch.manual_seed(0)
     model = simmim.SimMIM(vit.vit_toy(img_size=32, patch_size=4, depth=1))
-    _, _, mask = model(torch.randn(6, 3, 32, 32))
+    _, _, mask = model(torch.randn(6, 3, 32, 32), 0.6, torch.rand(6, 64))
     squares = mask.view(6, 4, 2, 4, 2)
     assert mask.sum(1).tolist() == [40] * 6 and len(mask.unique(dim=0)) > 1
     assert torch.equal(squares, squares[:, :, :1, :, :1].expand_as(squares))
@@ -104,10 +110,10 @@ def test_sec3_without_a_mask_each_image_gets_a_random_one_of_60_percent_of_the_u
 
 def test_sec3_masked_pixels_never_reach_the_prediction_and_visible_pixels_never_the_target():
     model = golden_model()
-    loss, before, mask = model(images(), MASK.double())
+    loss, before, mask = model(images(), 0.6, NOISE.double())
     pixels, other = simmim.patchify(images(), 8), 3 * simmim.patchify(images().flip(0), 8)
     changed = simmim.unpatchify(pixels + mask[:, :, None] * other, 8)
-    changed_loss, after, _ = model(changed, mask)
+    changed_loss, after, _ = model(changed, 0.6, NOISE.double())
     assert torch.equal(before, after) and loss != changed_loss
     error = (before - simmim.patchify(images(), 8)).abs()
     assert loss.item() == pytest.approx(error[mask == 1].mean().item(), rel=1e-9)
@@ -116,26 +122,30 @@ def test_sec3_masked_pixels_never_reach_the_prediction_and_visible_pixels_never_
 def test_sec3_the_encoder_sees_all_tokens(monkeypatch):
     lengths = []
     forward = vit.Block.forward
-    monkeypatch.setattr(vit.Block, "forward", lambda self, x: lengths.append(x.shape[1]) or forward(self, x))
-    golden_model()(images())
+
+    def counted(self, x):
+        lengths.append(x.shape[1])
+        return forward(self, x)
+    monkeypatch.setattr(vit.Block, "forward", counted)
+    golden_model()(images(), 0.6, NOISE.double())
     assert lengths == [17, 17, 17]
 
 
 def test_sec3_without_masking_there_are_features_and_no_division_by_zero():
-    loss, pred, _ = golden_model()(images(), torch.zeros(4, 16).double())
+    loss, pred, _ = golden_model()(images(), ALL_VISIBLE, NOISE.double())
     assert loss == 0 and pred.isfinite().all()
 
 
 def test_encoder_that_pools_by_mean_normalizes_every_token_in_simmim():
     a, b = golden_model(global_pool="avg"), golden_model(global_pool="token")
     assert a.state_dict().keys() == b.state_dict().keys() and "encoder.norm.weight" in a.state_dict()
-    assert torch.equal(a(images(), MASK.double())[0], b(images(), MASK.double())[0])
+    assert torch.equal(a(images(), 0.6, NOISE.double())[0], b(images(), 0.6, NOISE.double())[0])
 
 
 def test_sec3_bf16_keeps_the_loss_in_float32():
     model = golden_model(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, pred, _ = model(images(dtype=torch.float32), MASK)
+        loss, pred, _ = model(images(dtype=torch.float32), 0.6, NOISE)
     assert loss.dtype == torch.float32 and pred.dtype == torch.bfloat16
     agrees(loss, GOLDEN["loss"], 0.02)
 
@@ -143,7 +153,7 @@ def test_sec3_bf16_keeps_the_loss_in_float32():
 # ------------------------------------------------------------ runs
 
 def test_simmim_settings_of_photographs_are_the_authors():
-    args = simmim.parse(["--data", "x"], {**simmim.TRAINING, **simmim.SETTINGS}, out="")
+    args = simmim.parse(["--data", "x"], simmim.settings, simmim.PRESETS, out="")
     recipe = dict(mask_unit=32, mask_ratio=0.6, min_crop=0.67, batch_size=2048, base_lr=1e-4 / 2, weight_decay=0.05, clip_grad=5)
     assert recipe.items() <= vars(args).items() and (args.epochs, args.warmup_epochs) == (100, 10)
 
@@ -152,27 +162,44 @@ def test_simmim_runs_from_the_command_line_learns_and_its_encoder_is_found(tmp_p
     out = run("simmim.py", "--out", tmp_path, "--fraction", 0.03, "--epochs", 40, "--max-steps", 24, "--batch-size", 12,
               "--base-lr", 0.04, "--warmup-epochs", 1, "--workers", 0)
     log = log_of(tmp_path)
-    assert "clip_grad 5.0" in out and "mask_unit 8, mask_ratio 0.6" in out and "step 24 of " in out
+    assert "--clip-grad 5.0" in out and "--mask-unit 8 --mask-ratio 0.6" in out and "step 24 of " in out
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
-    assert list(log[-1]) == ["step", "loss", "grad_norm", "epoch", "lr", "images_per_s", "data_wait"]
+    assert list(log[-1]) == ["step", "loss", "epoch", "lr", "grad_norm", "images_per_s", "data_wait"]
     assert (tmp_path / "reconstruction.png").stat().st_size > 20000
     _, report = vit.from_weights(tmp_path / "last.pt")    # what finetune.py, detect.py and analysis.py do
     assert report.missing == [] and report.unused == ["mask_token", "decoder.weight", "decoder.bias"]
 
 
 def test_simmim_trains_with_the_masks_and_the_optimizer_of_its_settings(tmp_path, monkeypatch):
-    masks, groups = [], []
-    forward, adamw = simmim.SimMIM.forward, torch.optim.AdamW
+    masks = []
+    made = []
+    forward = simmim.SimMIM.forward
+
+    def recorded(self, *inputs):
+        outputs = forward(self, *inputs)
+        masks.append(outputs[2])
+        return outputs
+
+    class AdamW(torch.optim.AdamW):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            made.append(self)
     monkeypatch.setattr(simmim, "draw_reconstructions", lambda *args: None)
-    monkeypatch.setattr(simmim.SimMIM, "forward", lambda self, x, mask: masks.append(mask) or forward(self, x, mask))
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kw: groups.append(adamw(*args, **kw)) or groups[0])
-    call(simmim, "--fraction", 0.01, "--batch-size", 4, "--max-steps", 2, "--mask-unit", 16, "--mask-ratio", 0.3, "--out", tmp_path)
+    monkeypatch.setattr(simmim.SimMIM, "forward", recorded)
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    call(simmim, "--fraction", 0.01, "--batch-size", 4, "--max-steps", 2, "--mask-unit", 16,
+         "--mask-ratio", 0.3, "--out", tmp_path)
     for mask in masks:
         squares = mask.view(4, 2, 4, 2, 4).permute(0, 1, 3, 2, 4).flatten(3)    # (4, 2, 2, 16)
         assert torch.equal(squares.amin(3), squares.amax(3)) and mask.sum(1).tolist() == [32] * 4
     assert not torch.equal(*masks)
-    matrices, vectors = groups[0].param_groups
+    matrices, vectors = made[0].param_groups
     assert matrices["betas"] == (0.9, 0.999) and (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0)
+
+
+@pytest.mark.parametrize("ratio, kept", [(0, "16 of 16"), (0.99, "0 of 16"), (1, "0 of 16")])
+def test_mask_ratios_that_leave_nothing_or_all_squares_are_refused(ratio, kept, capsys, tmp_path):
+    assert f"keeps {kept}" in refused(capsys, simmim, "--mask-ratio", ratio, "--out", tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [("--mask-unit", 6), ("--mask-unit", 12), ("--mask-unit", 2), ("--img-size", 36)])

@@ -28,34 +28,54 @@ def test_logits_are_those_of_the_published_vit(pool, section, dtype, tolerance):
     assert sorted(names) == sorted(GOLDENS["1_classifier"][section]["param_names"])  # timm's
 
 
-def test_attention_scores_and_hidden_states_are_those_of_the_published_vit():
-    model, golden = small(), GOLDENS["2_attention"]
-    x, extras = model.encode(model.embed(images()), attention=(0, 2), hidden=True)
-    agrees(extras.attention[0], golden["scores_first_block"])
-    agrees(extras.attention[2], golden["scores_last_block"])
-    assert sorted(extras.attention) == [0, 2] and extras.hidden[-1] is x
-    for hidden, expected in zip(extras.hidden, golden["hidden_states"], strict=True):
-        agrees(hidden, expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.float().blocks[0].attn.scores(torch.randn(2, 5, 48)).dtype == torch.float32
-
-
-def test_attention_scores_are_computed_in_the_wanted_blocks_only(monkeypatch):
-    fused, scores, calls = F.scaled_dot_product_attention, vit.Attention.scores, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append("fused") or fused(*a))
-    monkeypatch.setattr(vit.Attention, "scores", lambda *a: calls.append("scores") or scores(*a))
+def test_scores_and_states_are_those_of_the_published_vit():
     model = small()
-    x, extras = model.encode(model.embed(images()), attention=(1,))
-    assert calls == ["fused", "scores", "fused", "fused"] and list(extras.attention) == [1] and not extras.hidden
-    assert torch.equal(x, model.encode(model.embed(images())))
+    golden = GOLDENS["2_attention"]
+    states = list(model.states(model.embed(images())))
+    for state, expected in zip(states, golden["hidden_states"], strict=True):
+        agrees(state, expected)
+    for i, name in ((0, "scores_first_block"), (2, "scores_last_block")):
+        block = model.blocks[i]
+        agrees(block.attn.scores(block.norm1(states[i])), golden[name])
+
+
+def test_encode_is_the_last_of_the_states():
+    model = small()
+    tokens = model.embed(images())
+    *_, last = model.states(tokens)
+    assert torch.equal(model.encode(tokens), last)
+
+
+def test_scores_are_float32_also_under_autocast():
+    attention = small().float().blocks[0].attn
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.scores(torch.randn(2, 5, 48)).dtype == torch.float32
+
+
+def test_only_asked_blocks_compute_scores(monkeypatch):
+    calls = []
+    scores = vit.Attention.scores
+
+    def counted(self, x):
+        calls.append(self)
+        return scores(self, x)
+    monkeypatch.setattr(vit.Attention, "scores", counted)
+    model = small()
+    model(images())
+    assert calls == []
+    vit.attention_maps(model, images(), layers=(2,))
+    assert calls == [model.blocks[2].attn]
 
 
 def test_attention_maps_are_the_softmax_of_the_scores_and_weight_the_values():
     model = small()
-    _, extras = model.encode(model.embed(images()), attention=(0, 2), hidden=True)
-    x, attention, maps = model.blocks[0].norm1(extras.hidden[0]), model.blocks[0].attn, vit.attention_maps(model, images())
-    torch.testing.assert_close(maps[[0, 2]], torch.stack([extras.attention[0], extras.attention[2]]).softmax(-1))
-    assert torch.equal(vit.attention_maps(model, images(), layers=(2, 0)), maps[[2, 0]]) and len(maps) == 3
+    states = list(model.states(model.embed(images())))
+    maps = vit.attention_maps(model, images())
+    scores = [block.attn.scores(block.norm1(x)) for block, x in zip(model.blocks, states)]
+    torch.testing.assert_close(maps, torch.stack(scores).softmax(-1))
+    assert torch.equal(vit.attention_maps(model, images(), layers=(2, 0)), maps[[2, 0]])
+    attention = model.blocks[0].attn
+    x = model.blocks[0].norm1(states[0])
     values = attention.qkv(x)[..., 96:].view(4, 17, 6, 8)
     mixed = torch.einsum("bhqk,bkhd->bqhd", maps[0], values).reshape(4, 17, 48)
     torch.testing.assert_close(attention(x), attention.proj(mixed))
@@ -93,7 +113,6 @@ def test_position_table_is_interpolated_for_other_sizes_and_trained_when_asked()
     (lambda: small(patch_size=5), "patch size 5 does not divide image size 32"), (lambda: small(global_pool="max"), "'max'"),
     (lambda: small(num_heads=5), "width 48 is not divisible by 5 heads"), (lambda: vit.init_weights(small(), "he"), "'he'"),
     (lambda: small().embed(images()[..., :30]), "patch size 8 does not divide images of 32 x 30"),
-    (lambda: small().encode(torch.zeros(1, 1, 48), attention=(3,)), "blocks are 0 to 2"),
 ])
 def test_sizes_that_do_not_divide_and_unknown_names_are_refused(call, message):
     with pytest.raises((vit.InputError, KeyError), match=message):
@@ -155,6 +174,8 @@ FILES = {  # one encoder as each project's files hold it, and a tensor that stay
     "distill.py": ({"model": under("encoder.", ENCODER) | zeros("head_maps.0"), "config": {}}, "head_maps.0"),
     "finetune.py": ({"model": CLASSIFIER, "config": {"num_heads": 6}}, "head.bias"),
     "finetune.py, probe": ({"model": ENCODER | zeros("head.1.weight")}, "head.1.weight"),
+    "torch.compile": ({"model": under("module._orig_mod.", ENCODER)}, "norm.weight"),
+    "torch.compile, mae.py": ({"model": under("_orig_mod.encoder.", ENCODER)}, "norm.weight"),
     "detect.py": ({"model": under("backbone.encoder.", DETECTOR), "config": {}}, "blocks.0.attn.rel_pos_h"),
     "ViTDet": ({"model": under("backbone.net.", VITDET) | zeros("backbone.simfp_2.0.bias")}, "backbone.simfp_2.0.bias"),
 }
@@ -171,7 +192,8 @@ def test_load_weights_and_from_weights_read_every_kind_of_file(kind, tmp_path, m
     made, made_report = vit.from_weights(tmp_path / "file.pth", num_heads=None if kind == "finetune.py" else 6)
     assert reads == [True, True]  # each file once, running no code from it
     missing = ["cls_token"] * (kind == "ViTDet") + ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
-    assert report.missing == missing and unused in report.unused and report == vit.load_weights(model, content)
+    assert report.missing == missing and unused in report.unused
+    assert report == vit.load_weights(model, vit.open_checkpoint(tmp_path / "file.pth"))
     for name, tensor in ENCODER.items():
         assert name in missing or name in report.unused + made_report.missing or torch.equal(model.state_dict()[name], tensor)
         assert name in made_report.missing or torch.equal(made.state_dict()[name], tensor)
@@ -183,8 +205,10 @@ def test_load_weights_takes_the_named_branch_and_reports_in_short_what_it_left_o
     model, ten = vit.VisionTransformer(**SIZES, num_classes=7, global_pool="token"), small(num_classes=10).float()
     report = vit.load_weights(model, FILES["MoCo-v3"][0], branch="momentum_encoder")
     assert torch.equal(model.cls_token, OTHER["cls_token"]) and report.missing == ["head.weight", "head.bias"]
-    assert str(vit.load_weights(model, MAE)) == \
-        "randomly initialized: head.weight, head.bias; unused in the file: mask_token, decoder_blocks.0.a and 8 more"
+    said = str(vit.load_weights(model, MAE))
+    assert said == "randomly initialized: head; unused in the file: mask_token, decoder_blocks"
+    nothing = "randomly initialized: nothing; unused in the file: nothing"
+    assert str(vit.load_weights(ten, ten.state_dict())) == nothing
     assert vit.load_weights(ten, ten.state_dict()) == ([], [])
     with pytest.raises(vit.InputError, match="several but no 'other'"):
         vit.load_weights(model, FILES["MoCo-v3"][0], branch="other")
@@ -213,10 +237,10 @@ def but(name, *shape):
     (but("blocks.2.mlp.fc1.bias"), r"blocks.2.mlp.fc1.bias: none in the file, \(192,\) in the model"),
     (but("pos_embed", 1, 18, 48), r"pos_embed: \(1, 18, 48\) in the file, \(1, 17, 48\) in the model"),
     (but("pos_embed"), "pos_embed is missing"), (but("blocks.0.mlp.fc1.weight"), "blocks.0.mlp.fc1.weight is missing"),
-    (but("patch_embed.proj.weight"), "no patch_embed"), (but("patch_embed.proj.weight", 48), "weight is missing or not 4-D"),
-    (ENCODER, "width 48 is not divisible by 5 heads"), ({1: torch.zeros(3)}, "no Vision Transformer"), ([1.0], "no Vision"),
+    (but("patch_embed.proj.weight"), "no Vision Transformer"), (but("patch_embed.proj.weight", 48), "weight is missing or not 4-D"),
+    ({1: torch.zeros(3)}, "no Vision Transformer"), ([1.0], "not a PyTorch checkpoint"),
     (b"", "not a PyTorch checkpoint"), (b"hello", "not a PyTorch checkpoint"), (pickle.dumps(3), "not a PyTorch checkpoint"),
-    ("folder", "cannot be opened"), ("nothing", r"cannot be opened \(No such file or directory\)"),
+    ("folder", "not a PyTorch checkpoint"), ("nothing", "FileNotFoundError"),
 ])
 def test_from_weights_names_the_file_and_what_is_wrong_with_it(content, message, tmp_path):
     path = tmp_path / "file.pth"
@@ -227,7 +251,7 @@ def test_from_weights_names_the_file_and_what_is_wrong_with_it(content, message,
     elif content != "nothing":
         torch.save(content, path)
     with pytest.raises(vit.InputError, match=f"^[^\n]*file.pth: [^\n]*{message}[^\n]*$"):
-        vit.from_weights(path, num_heads=5 if content is ENCODER else 6)
+        vit.from_weights(path, num_heads=6)
 
 
 # ------------------------------------------------------------------------------------------------ toy data
