@@ -57,8 +57,8 @@ def random_masking(tokens, mask_ratio, noise=None):
     """Keeps the `int(L * (1 - mask_ratio))` tokens with the smallest noise (MAE, Sec. 3).
 
     tokens `(B, L, D)`, noise `(B, L)`, uniform. Returns the n kept tokens `(B, n, D)`, the mask
-    `(B, L)`, 1 = removed, and `ids_restore (B, L)`: patch i is entry `ids_restore[i]` of the kept,
-    then the removed ones.
+    `(B, L)`, 1 = masked, and `ids_restore (B, L)`: in the order kept, then masked, patch i stands
+    at place `ids_restore[i]`.
     """
     B, L, D = tokens.shape
     noise = torch.rand(B, L, device=tokens.device) if noise is None else noise
@@ -76,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3,
                  norm_pix_loss=True):
         super().__init__()
-        if encoder.global_pool == "avg":  # its norm is for the mean; here for every token
+        if encoder.global_pool == "avg":  # vit.py's default; here every token is normalized
             encoder.norm = encoder.fc_norm
             encoder.fc_norm = nn.Identity()
             encoder.global_pool = "token"
@@ -117,7 +117,7 @@ class MaskedAutoencoder(nn.Module):
         return (target - mean) / (var + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None):
-        """`(B, 3, H, W)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = removed."""
+        """`(B, 3, S, S)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = masked."""
         tokens = self.encoder.embed(images)  # (B, L, D), with position
         kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)
         latent = self.encoder.norm(self.encoder.encode(kept))  # (B, 1 + n, D)
@@ -139,7 +139,7 @@ def settings(parser):
     add("--decoder-heads", type=count, default=3, help="heads (ViT-Base: 16)")
     add("--min-crop", type=share, default=0.08, help="smallest crop, share of the area")
     add("--crops-per-image", type=count, default=1, help="crops of each loaded image")
-    add("--epochs", type=amount, default=400, help="passes over the images")
+    add("--epochs", type=amount, default=400, help="passes over the images, counting crops")
     add("--warmup-epochs", type=amount, default=40, help="epochs of rising learning rate")
     add("--batch-size", type=count, default=4096, help="images in an update")
     add("--base-lr", type=amount, default=1.5e-4, help="learning rate per 256 images")
@@ -148,7 +148,7 @@ def settings(parser):
     add("--init", help="start from the encoder in this file")
 
 
-PRESETS = {  # what differs from the recipe above
+PRESETS = {  # what differs from the defaults above
     "photos": {},
     "small": dict(img_size=32, patch_size=4, min_crop=0.2, warmup_epochs=20, batch_size=512,
                   base_lr=3e-4),
@@ -157,7 +157,7 @@ PRESETS = {  # what differs from the recipe above
 
 
 class Samples(Dataset):
-    """Sample v: crops of an image `(crops, 3, S, S)`, uint8, and masking noise `(crops, L)`.
+    """Sample v = 0, 1, 2, ...: an image's crops `(crops, 3, S, S)`, uint8, and noise `(crops, L)`.
 
     All that is random about sample v follows from (seed, v). So the number of ranks, workers and
     micro-batches changes nothing, nor does a restart.
@@ -186,7 +186,7 @@ def train(args):
     std = vit.STD.to(device)
     torch.manual_seed(args.seed)
     encoder = vit.ARCHS[args.arch](args.img_size, args.patch_size, global_pool="token")
-    if args.init and not (args.out / "last.pt").exists():
+    if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
     decoder = args.decoder_dim, args.decoder_depth, args.decoder_heads
     model = MaskedAutoencoder(encoder, *decoder, args.norm_pix_loss).to(device)
@@ -205,13 +205,13 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size // args.crops_per_image  # step s has samples [s B, (s + 1) B)
+    B = args.batch_size // args.crops_per_image  # images a step; the first has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, num_workers=args.workers,
         pin_memory=torch.cuda.is_available()))
     last_save = time.time()
-    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
         lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -219,7 +219,7 @@ def train(args):
             images, noise = next(batches)
             images = images.to(device, non_blocking=True).flatten(0, 1)  # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)  # (B, L)
-            # Gradients are synchronized between ranks on the last micro-batch.
+            # Ranks synchronize their gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 loss, _, _ = network((images - mean) / std, args.mask_ratio, noise)
@@ -273,7 +273,7 @@ def main(argv=None):
     train(args)
 
 
-# ==================== plumbing: one text for each name, in all scripts
+# ==================== plumbing: the same text in all scripts; skip it on a first reading
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -305,7 +305,7 @@ def parse(argv, settings, presets, out, recipes=None):
     add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
     add("--seed", type=int, default=0, help="of weights, order, crops, masks")
     add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--amp", choices=AMP, help="mixed precision; if not given, bf16 or fp16 on a GPU")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between log lines")
@@ -332,7 +332,7 @@ def count(text):  # type of an argument: 1, 2, 3, ...
 
 
 def amount(text):  # a number from 0 up
-    if not float(text) >= 0:
+    if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)
 
@@ -473,9 +473,8 @@ def setup(args, crops=1):
     parts = WORLD * args.accum * crops
     if B % parts:
         raise vit.InputError(f"--batch-size {B}: not a multiple of {parts}, ranks x accum x crops")
-    if args.warmup_epochs >= args.epochs:
-        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} is not below --epochs")
-    sys.stdout.reconfigure(line_buffering=True)
+    if args.warmup_epochs >= args.epochs or args.seed < 0:
+        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} or --seed is out of range")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()])
@@ -521,7 +520,7 @@ def start(args, data, **parts):
                 json.dump(vars(args), file, indent=1, default=str)
         except FileExistsError:
             raise vit.InputError(f"{args.out} holds a run: --resume, or another --out") from None
-        (args.out / "log.jsonl").write_text(checkpoint["log"])  # cut back
+        (args.out / "log.jsonl").write_text(checkpoint["log"])  # drops later lines
     return checkpoint["step"]
 
 
@@ -571,7 +570,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite: {entry}; try --amp bf16, "
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
                                  "--clip-grad 1, a lower --base-lr")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
@@ -584,6 +583,7 @@ class Log:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
     except vit.InputError as error:  # a worker's has its traceback in front

@@ -1,4 +1,4 @@
-"""SimMIM: MAE without a decoder (Xie et al., 2022). Read `diff mae.py simmim.py`.
+"""SimMIM: MAE with mask tokens in the encoder (Xie et al., 2022). Read `diff mae.py simmim.py`.
 
 Squares of an image are masked. The encoder gets all patches, a mask token in place of each masked
 one, and a linear layer predicts the pixels. Settings: this project's. Commands: those of mae.py.
@@ -50,7 +50,7 @@ def unpatchify(patches, patch_size):
 def random_mask(noise, mask_ratio=0.6, unit=2):
     """Masks the `ceil(U * mask_ratio)` of U squares with the smallest noise (SimMIM, Sec. 3.2).
 
-    A square of `unit x unit` patches has the noise of its first. `(B, L)` -> mask `(B, L)`.
+    A square of `unit x unit` patches has the noise of its top left. `(B, L)` -> mask `(B, L)`.
     """
     side = math.isqrt(noise.shape[1]) // unit  # squares in a row
     noise = noise.unflatten(1, (side, unit, side, unit))[:, :, 0, :, 0].flatten(1)  # (B, U)
@@ -64,7 +64,7 @@ class SimMIM(nn.Module):
 
     def __init__(self, encoder, mask_unit=2):
         super().__init__()
-        if encoder.global_pool == "avg":  # its norm is for the mean; here for every token
+        if encoder.global_pool == "avg":  # vit.py's default; here every token is normalized
             encoder.norm = encoder.fc_norm
             encoder.fc_norm = nn.Identity()
             encoder.global_pool = "token"
@@ -77,10 +77,10 @@ class SimMIM(nn.Module):
         vit.init_weights(self.decoder)
 
     def forward(self, images, mask_ratio, noise):
-        """`(B, 3, H, W)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = removed."""
+        """`(B, 3, S, S)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = masked."""
         tokens = self.encoder.patch_embed(images).flatten(2).transpose(1, 2)  # (B, L, D)
         mask = random_mask(noise, mask_ratio, self.mask_unit)
-        tokens = torch.where(mask[:, :, None] > 0, self.mask_token, tokens)
+        tokens = torch.where(mask[:, :, None] > 0, self.mask_token, tokens)  # position later
         latent = self.encoder.norm(self.encoder.encode(tokens + self.encoder.pos_embed[:, 1:]))
         pred = self.decoder(latent[:, 1:])  # without the class token
         error = (pred.to(images.dtype) - patchify(images, self.encoder.patch_size)).abs()
@@ -97,7 +97,7 @@ def settings(parser):
     add("--mask-ratio", type=share, default=0.6, help="share of masked squares")
     add("--min-crop", type=share, default=0.67, help="smallest crop, share of the area")
     add("--crops-per-image", type=count, default=1, help="crops of each loaded image")
-    add("--epochs", type=amount, default=100, help="passes over the images")
+    add("--epochs", type=amount, default=100, help="passes over the images, counting crops")
     add("--warmup-epochs", type=amount, default=10, help="epochs of rising learning rate")
     add("--batch-size", type=count, default=2048, help="images in an update")
     add("--base-lr", type=amount, default=5e-5, help="learning rate per 256 images")
@@ -106,7 +106,7 @@ def settings(parser):
     add("--init", help="start from the encoder in this file")
 
 
-PRESETS = {  # what differs from the recipe above
+PRESETS = {  # what differs from the defaults above
     "photos": {},
     "small": dict(img_size=32, patch_size=4, mask_unit=8, epochs=400, warmup_epochs=20,
                   batch_size=512, base_lr=3e-4),
@@ -115,7 +115,7 @@ PRESETS = {  # what differs from the recipe above
 
 
 class Samples(Dataset):
-    """Sample v: crops of an image `(crops, 3, S, S)`, uint8, and masking noise `(crops, L)`.
+    """Sample v = 0, 1, 2, ...: an image's crops `(crops, 3, S, S)`, uint8, and noise `(crops, L)`.
 
     All that is random about sample v follows from (seed, v). So the number of ranks, workers and
     micro-batches changes nothing, nor does a restart.
@@ -144,7 +144,7 @@ def train(args):
     std = vit.STD.to(device)
     torch.manual_seed(args.seed)
     encoder = vit.ARCHS[args.arch](args.img_size, args.patch_size, global_pool="token")
-    if args.init and not (args.out / "last.pt").exists():
+    if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
     model = SimMIM(encoder, args.mask_unit // args.patch_size).to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -162,13 +162,13 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size // args.crops_per_image  # step s has samples [s B, (s + 1) B)
+    B = args.batch_size // args.crops_per_image  # images a step; the first has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, num_workers=args.workers,
         pin_memory=torch.cuda.is_available()))
     last_save = time.time()
-    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
         lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -176,7 +176,7 @@ def train(args):
             images, noise = next(batches)
             images = images.to(device, non_blocking=True).flatten(0, 1)  # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)  # (B, L)
-            # Gradients are synchronized between ranks on the last micro-batch.
+            # Ranks synchronize their gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 loss, _, _ = network((images - mean) / std, args.mask_ratio, noise)
@@ -229,12 +229,12 @@ def main(argv=None):
     train(args)
 
 
-# ==================== plumbing: one text for each name, in all scripts
+# ==================== plumbing: the same text in all scripts; skip it on a first reading
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-WORKERS = 8 if torch.cuda.is_available() else 0
+WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 BICUBIC = v2.InterpolationMode.BICUBIC
 to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
@@ -261,7 +261,7 @@ def parse(argv, settings, presets, out, recipes=None):
     add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
     add("--seed", type=int, default=0, help="of weights, order, crops, masks")
     add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--amp", choices=AMP, help="mixed precision; if not given, bf16 or fp16 on a GPU")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between log lines")
@@ -288,7 +288,7 @@ def count(text):  # type of an argument: 1, 2, 3, ...
 
 
 def amount(text):  # a number from 0 up
-    if not float(text) >= 0:
+    if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)
 
@@ -429,9 +429,8 @@ def setup(args, crops=1):
     parts = WORLD * args.accum * crops
     if B % parts:
         raise vit.InputError(f"--batch-size {B}: not a multiple of {parts}, ranks x accum x crops")
-    if args.warmup_epochs >= args.epochs:
-        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} is not below --epochs")
-    sys.stdout.reconfigure(line_buffering=True)
+    if args.warmup_epochs >= args.epochs or args.seed < 0:
+        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} or --seed is out of range")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()])
@@ -477,7 +476,7 @@ def start(args, data, **parts):
                 json.dump(vars(args), file, indent=1, default=str)
         except FileExistsError:
             raise vit.InputError(f"{args.out} holds a run: --resume, or another --out") from None
-        (args.out / "log.jsonl").write_text(checkpoint["log"])  # cut back
+        (args.out / "log.jsonl").write_text(checkpoint["log"])  # drops later lines
     return checkpoint["step"]
 
 
@@ -527,7 +526,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite: {entry}; try --amp bf16, "
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
                                  "--clip-grad 1, a lower --base-lr")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
@@ -540,6 +539,7 @@ class Log:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
     except vit.InputError as error:  # a worker's has its traceback in front

@@ -1,7 +1,7 @@
 """The Vision Transformer, the loading of published weights, and a toy data set for experiments.
 
 Patches of an image become tokens, and blocks let them look at each other (Dosovitskiy et al.,
-2021). ViT-Tiny has 12 heads here, not 3 (A Closer Look, Sec. 2).
+2021). ViT-Tiny has 12 heads here, not 3 (A Closer Look at ... Lightweight ViTs, ICML 2023, Sec. 2).
 
     import vit
     model = vit.vit_tiny(num_classes=1000)            # 5.7M parameters
@@ -26,7 +26,7 @@ STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 class InputError(ValueError):
-    """Sizes or a checkpoint that do not fit; the message says which, in one line."""
+    """An input that does not fit: a size, a file, an option. One line says which."""
 
 
 # ------------------------------------------------------------ the network
@@ -69,9 +69,9 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential()  # its layers are named as in published files
-        self.mlp.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.mlp.fc1 = nn.Linear(dim, round(dim * mlp_ratio))
         self.mlp.act = nn.GELU()
-        self.mlp.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.mlp.fc2 = nn.Linear(round(dim * mlp_ratio), dim)
         self.drop_path = drop_path
 
     def stochastic_depth(self, branch):
@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
         self.grid = img_size // patch_size
         self.embed_dim = embed_dim
         self.global_pool = global_pool
-        self.patch_embed = nn.Sequential()  # one linear map of each patch
+        self.patch_embed = nn.Sequential()  # one linear map of each patch; timm's names
         self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_position(embed_dim, self.grid), requires_grad=False)
@@ -136,15 +136,15 @@ class VisionTransformer(nn.Module):
 
     def encode(self, tokens):
         """Class token and any n patches through all blocks: `(B, n, D) -> (B, 1 + n, D)`."""
-        for x in self.states(tokens):
+        for x in self.states(tokens):  # only the last is kept
             pass
         return x
 
     def pool(self, x):
-        """`(B, N, D) -> (B, D)`: the normalized mean of the patches, or class token."""
+        """`(B, N, D) -> (B, D)`: the normalized mean of the patches, or the class token."""
         if self.global_pool == "avg":
             return self.fc_norm(x[:, 1:].mean(dim=1))
-        return self.norm(x)[:, 0]
+        return self.norm(x[:, 0])
 
     def forward(self, images):
         return self.head(self.pool(self.encode(self.embed(images))))
@@ -162,7 +162,7 @@ ARCHS = {"toy": vit_toy, "tiny": vit_tiny, "small": vit_small, "base": vit_base}
 def attention_maps(model, images, layers=None):
     """Softmaxed attention of blocks `layers`, by default all: `(len(layers), B, h, N, N)`."""
     blocks = model.blocks
-    states = list(model.states(model.embed(images)))
+    states = list(model.states(model.embed(images)))[:-1]  # the input of each block
     layers = range(len(blocks)) if layers is None else layers
     scores = [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in layers]
     return torch.stack(scores).softmax(dim=-1)
@@ -186,7 +186,7 @@ def sincos_position(dim, grid):
 def resize_position(table, grid):
     """The table `(1, 1 + L, D)` of a square grid, resized (bicubic) to `grid = (rows, columns)`."""
     side = math.isqrt(table.shape[1] - 1)
-    if tuple(grid) == (side, side) or table.shape[1] != 1 + side * side:  # not of a square grid
+    if tuple(grid) == (side, side) or table.shape[1] != 1 + side * side:  # fits, or is not square
         return table
     patches = table[:, 1:].view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
     patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)
@@ -227,8 +227,9 @@ def open_checkpoint(path_or_state):
     """What a file holds, and its "path"; a dict stays as it is. Raises InputError."""
     if isinstance(path_or_state, dict):
         return path_or_state
-    number = np.float64(0).__reduce__()[0]  # published files hold numpy numbers and settings, too
-    harmless = [np.dtype, type(np.dtype(float)), number, (number, "numpy.core.multiarray.scalar")]
+    scalar = np.float64(0).__reduce__()[0]  # published files also hold numpy numbers and settings
+    kinds = [type(np.dtype(kind)) for kind in "?bhilqefd"]
+    harmless = [np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *harmless]):
             checkpoint = dict(torch.load(path_or_state, map_location="cpu", weights_only=True))
@@ -250,7 +251,7 @@ def find_tensors(checkpoint):
 
 
 def find_encoders(tensors, branch):
-    """What precedes the names of an encoder; several if none is preferred.
+    """Prefixes of the encoder's names. Of several: `branch`, then DINO's teacher, or "model.".
 
         MAE, DeiT, timm  ""           MAE-Lite             "model." (its teacher: "tch_model.")
         mae.py           "encoder."   MoCo-v3, mocov3.py   "base_encoder.", "momentum_encoder."
@@ -282,8 +283,8 @@ def read_weights(path_or_state, branch="base_encoder"):
 def load_weights(model, path_or_state, branch="base_encoder"):
     """Fills a VisionTransformer from a checkpoint, position interpolated: `LoadReport`.
 
-    Only the end of the network may differ, the rest of pre-training (decoder, mask token), and what
-    detection changes (class token, relative positions). Raises InputError that names the tensor.
+    Model or file may lack the network's end, a decoder, the mask or class token, and detection's
+    relative positions; only the head may have another shape. Raises InputError that names the rest.
     """
     name, state, others = read_weights(path_or_state, branch)
     state["pos_embed"] = resize_position(state["pos_embed"].float(), (model.grid, model.grid))
@@ -295,7 +296,7 @@ def load_weights(model, path_or_state, branch="base_encoder"):
     for key in missing + unused:
         there = tuple(state[key].shape) if key in state else "none"
         here = tuple(own[key].shape) if key in own else "none"
-        may_differ = optional if "none" in (there, here) else "head."
+        may_differ = optional if "none" in (there, here) else "head."  # or in shape
         if not key.startswith(may_differ) and ".rel_pos_" not in key:
             raise InputError(f"{name}: {key}: {there} in the file, {here} in the model")
     model.load_state_dict(fitting, strict=False)
@@ -303,10 +304,10 @@ def load_weights(model, path_or_state, branch="base_encoder"):
 
 
 def from_weights(path_or_state, num_heads=None, branch="base_encoder", **kw):
-    """A VisionTransformer of a checkpoint's sizes, filled from it: `(model, report)`; `kw` wins."""
+    """A VisionTransformer of a checkpoint's sizes, or `kw`, filled from it: `(model, report)`."""
     checkpoint = open_checkpoint(path_or_state)
     _, state, _ = read_weights(checkpoint, branch)
-    if num_heads is None:  # tensors do not tell it: DeiT-Tiny has 3, DeiT-Small 6
+    if num_heads is None:  # tensors do not tell it: pass 3 for DeiT-Tiny, 6 for DeiT-Small
         num_heads = checkpoint.get("config", {}).get("num_heads") or 12
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     sizes = dict(
@@ -343,7 +344,7 @@ class ToyShapes(torch.utils.data.Dataset):
 
 
 def toy_shapes(num_images, img_size=32, seed=0):
-    """One shape an image: `images (n, 3, S, S)` uint8, `labels (n,)` int64, places in TOY_CLASSES.
+    """A shape per image: `images (n, 3, S, S)` uint8, `labels (n,)` int64, as in TOY_CLASSES.
 
     Shape and background are color gradients: a few patches tell how the rest must look, but only
     the outline tells the class. Image i depends on (seed, i) alone, the same scene at any size.
@@ -359,7 +360,7 @@ def toy_shapes(num_images, img_size=32, seed=0):
 
 
 def draw_shapes(labels, uniform, img_size):
-    """Draws one shape an image: `images (n, 3, S, S)` uint8, the shapes' masks `(n, S, S)` bool.
+    """Draws a shape per image: `images (n, 3, S, S)` uint8, the shapes' masks `(n, S, S)` bool.
 
     `uniform (n, 20)`, in (0, 1), sets size, center, angle and colors of shapes of classes `labels`.
     """
@@ -375,17 +376,17 @@ def draw_shapes(labels, uniform, img_size):
     radius, theta = torch.hypot(u, v), torch.atan2(v, u)
     third, fourth, fifth = [  # the angle from the middle of one of k equal wedges
         torch.remainder(theta, 2 * math.pi / k) - math.pi / k for k in (3, 4, 5)]
-    formulas = [  # in the order of TOY_CLASSES: above 0 inside, falls by about 1 per radius
-        0.9 - radius,
-        torch.minimum(0.95 - radius, torch.hypot(u - 0.5, v) - 0.75),
-        torch.minimum(0.95 - far, 0.3 - near),
-        0.45 * (1 - torch.hypot(u, v / 0.45)),
-        0.7 + 0.28 * torch.cos(5 * theta) - radius,
-        torch.minimum(1 - radius, u + 0.1),
-        0.22 - (radius - 0.75).abs(),
-        math.cos(math.pi / 4) - radius * torch.cos(fourth),
-        0.39 - radius * torch.cos(math.pi / 5 * 1.75 - fifth.abs()) * 0.9,
-        math.cos(math.pi / 3) - radius * torch.cos(third)]
+    formulas = [  # above 0 inside, falls by about 1 per radius
+        0.9 - radius,  # circle
+        torch.minimum(0.95 - radius, torch.hypot(u - 0.5, v) - 0.75),  # crescent
+        torch.minimum(0.95 - far, 0.3 - near),  # cross
+        0.45 * (1 - torch.hypot(u, v / 0.45)),  # ellipse
+        0.7 + 0.28 * torch.cos(5 * theta) - radius,  # flower
+        torch.minimum(1 - radius, u + 0.1),  # half disc
+        0.22 - (radius - 0.75).abs(),  # ring
+        math.cos(math.pi / 4) - radius * torch.cos(fourth),  # square
+        0.39 - radius * torch.cos(math.pi / 5 * 1.75 - fifth.abs()) * 0.9,  # star
+        math.cos(math.pi / 3) - radius * torch.cos(third)]  # triangle
     inside = torch.stack(formulas)[labels, torch.arange(len(labels))]
     alpha = (inside * size * img_size / 2 + 0.5).clamp(0, 1)[:, None]  # one pixel of soft edge
     ramp, other = [0.5 + 0.45 * (x * a.cos() + y * a.sin())[:, None]

@@ -214,13 +214,33 @@ def per_core(title, args, usual, transform, crops):
 
 
 def part_load(args):
+    """One core: crops of photographs by torchvision's usual pipeline on PIL, and mae.py's samples."""
     usual = transforms.Compose([
         transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-    here = v2.Compose([v2.RandomResizedCrop(224, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for crops in (1, 4):
-        per_core("Loading, one core", args, usual, here, crops)
+        words = ["--data", photographs(args), "--crops-per-image", str(crops)]
+        settings = mae.parse(words, mae.settings, mae.PRESETS, out="")
+        data = mae.open_data(settings, train=True)
+        samples = mae.Samples(data, settings)
+        number = min(100, len(data))
+        paths = [os.path.join(data.root, os.fsdecode(path)) for path in data.paths[:number]]
+
+        def plain():
+            for path in paths:
+                for _ in range(crops):
+                    usual(Image.open(path).convert("RGB"))
+
+        def here():
+            for v in range(number):
+                samples[v]
+        ways = {"plain: PIL, one decoding a crop": plain, "here": here}
+        seconds = alternate(ways, args.rounds, clock=time.process_time)
+        report(f"Loading, one core, {crops} a decoded image", crops * number, "crops", seconds)
+    torch.set_num_threads(threads)
 
 
 def part_views(args):

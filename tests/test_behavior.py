@@ -366,7 +366,7 @@ def test_nan_on_one_of_two_ranks_stops_both(tmp_path):
     script = tmp_path / "nan_on_rank_1.py"
     script.write_text(NAN_ON_RANK_1)
     out = run(script, ROOT, *TINY, "--log-every", 5, "--out", tmp_path / "out", ranks=2, code=1)
-    assert "InputError: not finite: {'step': 5" in out and not (tmp_path / "out" / "last.pt").exists()
+    assert "InputError: not finite, or lost in fp16: {'step': 5" in out and not (tmp_path / "out" / "last.pt").exists()
 
 
 # ------------------------------------------------------------ bad input: one line, exit code 2
@@ -378,7 +378,8 @@ def test_nan_on_one_of_two_ranks_stops_both(tmp_path):
     (("--fraction", 0.001), "--batch-size 128: only 10 images, give less"),
     (("--patch-size", 5), "patch size 5 does not divide image size 32"),
     (("--decoder-heads", 5), "5 heads"),
-    (("--warmup-epochs", 12), "--warmup-epochs 12.0 is not below --epochs"),
+    (("--warmup-epochs", 12), "--warmup-epochs 12.0 or --seed is out of range"),
+    (("--seed", -1), "--seed is out of range"),
     (("--mask-ratio", 1), "--mask-ratio 1.0: keeps 0 of 64"),
     (("--base-lr", -1), "argument --base-lr: invalid amount value: '-1'"),
     (("--weight-decay", "nan"), "argument --weight-decay: invalid amount value: 'nan'"),
@@ -415,7 +416,7 @@ def test_help_shows_the_defaults_of_the_preset_that_is_typed(capsys):
         with pytest.raises(SystemExit) as ended:
             call(mae, *words, "--help")
         shown = " ".join(capsys.readouterr().out.split())
-        assert ended.value.code == 0 and f"passes over the images (default: {epochs})" in shown
+        assert ended.value.code == 0 and f"counting crops (default: {epochs})" in shown
     assert "(default: 32)" in shown and "toy, cifar10" in shown
 
 
