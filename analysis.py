@@ -1,56 +1,52 @@
-"""Layer similarity, frequency and attention analysis of pre-trained Vision Transformers.
+"""Analysis of pre-trained Vision Transformers: similarity of layers, frequencies, attention.
 
-Instruments of "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICML 2023, Sec. 4):
+Instruments of A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023, Sec. 4):
     cka        how similar two layers are: unbiased centered kernel alignment (Fig. 1, Fig. 6)
     fourier    how much fine detail a layer keeps: log amplitude by frequency (Fig. 3)
     attention  how far (Eq. 1) and how broadly (Eq. 2) each head looks (Fig. 5)
-Run it
-    python analysis.py                               # all three: mae.py's run and an untrained twin
-    python analysis.py cka deit:3=D.pth mae=M.pth random --data DIR    # or fourier, attention, all
-    python analysis.py curves runs/mae runs/mae-1    # training curves, a line per run
-A model is `label=path`, any file vit.py loads (`label:3=path` if it has 3 heads, not 12), or `random`, an
-untrained twin of the first. Results in --out: figures, and their numbers as .json.
+
+    python analysis.py                             # all three: mae.py's run and an untrained twin
+    python analysis.py cka deit:3=D.pth mae=M.pth random --data DIR
+    python analysis.py curves runs/mae runs/mae-1  # training curves, a line for each run
+
+A model is `label=path`, any file that vit.py loads (`label:3=path` if it has 3 heads, not 12), or
+`random`, an untrained twin of the first. Results in --out: figures, and their numbers as .json.
 Shapes: B images, L patches, N = L + 1 tokens, D width, h heads. Layer 0 is the patch embedding.
 """
 import argparse
-import functools
 import json
 import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import distributed as dist
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import vit
 
 
-# ------------------------------------------------------------ the instruments
-
 class CKA:
-    """Centered kernel alignment of each of `n1` with each of `n2` layers, from mini-batches (Fig. 1).
+    """Centered kernel alignment of each of `n1` and each of `n2` layers, by mini-batches (Fig. 1).
 
-    Two layers are similar if they find the same images similar. With Gram matrices K, L of a mini-batch
+    Two layers are similar if they find the same images similar. Of Gram matrices K, L of a batch,
     `CKA = mean HSIC(K, L) / sqrt(mean HSIC(K, K) mean HSIC(L, L))`, unbiased (Nguyen et al., 2021).
     """
 
     def __init__(self, n1, n2):
         self.n1 = n1
-        self.hsic = torch.zeros(n1 + n2, n1 + n2, dtype=torch.float64)    # summed: the number cancels
+        self.hsic = torch.zeros(n1 + n2, n1 + n2, dtype=torch.float64)  # sums over batches
 
     def update(self, features1, features2):
-        """Adds a mini-batch: for each layer `(B, ...)`, the same B images. UserError for B < 4."""
+        """Adds a mini-batch: for each layer `(B, ...)`, the same B images. InputError for B < 4."""
         grams = torch.stack([centered_gram(x) for x in (*features1, *features2)]).flatten(1)
-        self.hsic += (grams @ grams.T).cpu()                              # all pairs of layers at once
+        self.hsic += (grams @ grams.T).cpu()  # all pairs of layers at once
 
     def compute(self):
         """CKA `(n1, n2)`, float64, at most 1; nan if a layer is zero."""
@@ -62,31 +58,31 @@ def centered_gram(features):
     """`(B, ...) -> (B, B)`, float64: of two, `(K * L).sum()` is the unbiased HSIC."""
     B = len(features)
     if B < 4:
-        raise UserError(f"unbiased HSIC needs mini-batches of at least 4 images, not {B}")
+        raise vit.InputError(f"unbiased HSIC needs mini-batches of at least 4 images, not {B}")
     X = features.flatten(1).double()
-    K = (X @ X.T).fill_diagonal_(0)                    # the Gram matrix without its diagonal,
-    rows = K.sum(dim=1) / (B - 2)                      # centered (Szekely and Rizzo, 2014)
+    K = (X @ X.T).fill_diagonal_(0)  # the Gram matrix without its diagonal,
+    rows = K.sum(dim=1) / (B - 2)  # centered (Szekely and Rizzo, 2014)
     K = K - rows[:, None] - rows[None, :] + K.sum() / ((B - 1) * (B - 2))
     return K.fill_diagonal_(0) / (B * (B - 3)) ** 0.5
 
 
-def cka_features(model, hidden):
-    """All hidden states `(B, N, D)` as the next norm puts them out, without class token: `(B, L, D)`."""
+def cka_features(model, states):
+    """All states `(B, N, D)` as the next norm puts them out, without class token: `(B, L, D)`."""
     final = model.norm if model.global_pool == "token" else model.fc_norm
     norms = [block.norm1 for block in model.blocks] + [final]
-    return [norm(x[:, 1:]) for norm, x in zip(norms, hidden)]
+    return [norm(x[:, 1:]) for norm, x in zip(norms, states)]
 
 
 def fourier_log_amplitude(tokens, grid):
-    """Log amplitude of feature maps at frequencies 0, 2 pi / grid, ..., pi, relative to that at 0 (Fig. 3).
+    """Log amplitude of feature maps at frequencies 0, 2 pi / grid, ..., pi, less it at 0 (Fig. 3).
 
-    tokens `(B, L, D)`, no class token -> `(grid // 2 + 1,)`: the diagonal of the Fourier transform, log of
-    its modulus, mean over images and channels (Park and Kim, 2022). UserError for an odd grid.
+    tokens `(B, L, D)`, no class token -> `(grid // 2 + 1,)`: diagonal of the Fourier transform, log
+    modulus, mean over images and channels (Park and Kim, 2022). InputError for an odd grid.
     """
     if grid % 2:
-        raise UserError(f"{grid} x {grid} patches: an odd number has no frequency pi")
-    maps = tokens.transpose(1, 2).unflatten(-1, (grid, grid))             # (B, D, grid, grid)
-    amplitude = torch.fft.rfft2(maps).diagonal(dim1=-2, dim2=-1).abs()    # (B, D, grid // 2 + 1)
+        raise vit.InputError(f"{grid} x {grid} patches: an odd number has no frequency pi")
+    maps = tokens.transpose(1, 2).unflatten(-1, (grid, grid))  # (B, D, grid, grid)
+    amplitude = torch.fft.rfft2(maps).diagonal(dim1=-2, dim2=-1).abs()  # (B, D, grid // 2 + 1)
     log_amplitude = (amplitude + 1e-6).log().mean(dim=(0, 1))
     return log_amplitude - log_amplitude[0]
 
@@ -94,357 +90,329 @@ def fourier_log_amplitude(tokens, grid):
 def attention_distance(scores, grid, patch_size):
     """Mean distance in pixels between a patch and where it looks, per head `(h,)` (Eq. 1).
 
-    scores `(B, h, N, N)`, pre-softmax; the class token, at 0, is dropped. Mean over images and queries.
+    scores `(B, h, N, N)`, pre-softmax; class token, at 0, dropped; mean over images and queries.
     """
-    attention = scores[:, :, 1:, 1:].softmax(dim=-1).mean(dim=0)    # (h, L, L)
+    attention = scores[:, :, 1:, 1:].softmax(dim=-1).mean(dim=0)  # (h, L, L)
     places = patch_size * torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(attention)
-    distances = (places[:, None] - places).norm(dim=-1)             # (L, L), patches in raster order
+    distances = (places[:, None] - places).norm(dim=-1)  # (L, L), patches row by row
     return (attention * distances).sum(dim=-1).mean(dim=-1)
 
 
 def attention_entropy(scores):
-    """Mean entropy in nats of a patch's attention, 0 to log L, per head `(h,)`; scores as above (Eq. 2)."""
+    """Mean entropy in nats of a patch's attention, 0 to log L, per head `(h,)` (Eq. 2)."""
     attention = scores[:, :, 1:, 1:].softmax(dim=-1)
-    return torch.special.entr(attention).sum(dim=-1).mean(dim=(0, 2))    # entr(p) = -p log p
-
-
-# ------------------------------------------------------------ one pass over the images
-SETTINGS = {  # argument: default; meaning; allowed values
-    "images": (1024, "images to look at, chosen by --seed", 4, 10 ** 6),
-    "batch_size": (128, "images in a mini-batch; fewer need less memory", 4, 10 ** 6),
-}
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito
-
-
-def make_sample(data, img_size, i):
-    return center_crop(data[i][0], img_size)
+    return torch.special.entr(attention).sum(dim=-1).mean(dim=(0, 2))  # entr(p) = -p log p
 
 
 def open_models(words, seed):
-    """The networks that `label=path`, `label:heads=path` and `random` name, by label. UserError."""
+    """Networks by label, from the words `label=path`, `label:heads=path` and `random`."""
     models = {}
     for word in words:
         name, _, path = word.partition("=")
         label, _, heads = name.partition(":")
-        if path and label not in models and (heads or "0").isdigit():
-            models[label], report = vit.from_weights(path, num_heads=int(heads or 0) or None)
+        num_heads = int(heads) if heads.isdigit() else None
+        if path and label not in models and (num_heads or not heads):
+            models[label], report = vit.from_weights(path, num_heads)
             print(f"{label}: {path}, {models[label].blocks[0].attn.num_heads} heads; {report}")
         elif word == "random" and models:
-            first = next(iter(models.values()))
-            sizes = [first.grid * first.patch_size, first.patch_size, 3, first.embed_dim, len(first.blocks)]
-            sizes += [first.blocks[0].attn.num_heads, first.blocks[0].mlp.fc1.out_features / first.embed_dim]
+            first = list(models.values())[0]
+            block = first.blocks[0]
             torch.manual_seed(seed)
-            models[word] = vit.VisionTransformer(*sizes)
+            models[word] = vit.VisionTransformer(
+                img_size=first.grid * first.patch_size, patch_size=first.patch_size,
+                embed_dim=first.embed_dim, depth=len(first.blocks), num_heads=block.attn.num_heads,
+                mlp_ratio=block.mlp.fc1.out_features / first.embed_dim)
         else:
-            raise UserError(f"{word}: not label=path or label:heads=path, each label once, or then random")
+            raise vit.InputError(f"{word}: not label=path, each label once, or (not first) random")
     return models
 
 
-@torch.inference_mode()
-def measure(models, batches, names):
-    """What the named instruments measure on mini-batches `(B, 3, S, S)` of equal size: arrays.
+def mini_batches(args, data, device):
+    """Yields images that --seed chooses, normalized, `(B, 3, S, S)`."""
+    chosen = np.random.default_rng((args.seed, 0)).permutation(len(data))[:args.images]
+    for indices in tqdm(np.split(chosen, args.images // args.batch_size), disable=None):
+        images = torch.stack([center_crop(data[i][0], args.img_size) for i in indices]).to(device)
+        yield (images - vit.MEAN.to(device)) / vit.STD.to(device)
 
-    `["cka"][a][b] (depth + 1, depth + 1)`, layers of model a, then of b, which is a or the first model;
-    `["fourier"][a] (depth + 1, grid // 2 + 1)`; `["attention"][a] (depth, 2, h)`, distance and entropy.
+
+@torch.inference_mode()
+def measure(models, batches, instruments, reference=None):
+    """What instruments measure on mini-batches `(B, 3, S, S)` of equal size: arrays by label.
+
+    "cka": `[a][b] (depth + 1, depth + 1)`, layers of a, then of b, which is a or the reference;
+    "fourier": `[a] (depth + 1, grid // 2 + 1)`; "attention": `[a] (depth, 2, h)`, as in Eq. 1, 2.
     """
-    n = {a: len(model.blocks) + 1 for a, model in models.items()}
-    cka = {a: {b: CKA(n[a], n[b]) for b in (a, next(iter(models)))} for a in models}
-    means = {"fourier": dict.fromkeys(models, 0), "attention": dict.fromkeys(models, 0)}
-    for step, images in enumerate(batches, 1):
+    reference = reference or list(models)[0]
+    pairs = [(a, b) for a in models for b in (a, reference)]
+    cka = {(a, b): CKA(len(models[a].blocks) + 1, len(models[b].blocks) + 1) for a, b in pairs}
+    fourier = {label: [] for label in models}  # a tensor for each mini-batch
+    attention = {label: [] for label in models}
+    for images in batches:
         features = {}
-        for a, model in models.items():
-            hidden = model.encode(model.embed(images), hidden=True)[1].hidden    # states of all layers
-            if "cka" in names:
-                features[a] = cka_features(model, hidden)
-                for b in cka[a]:
-                    cka[a][b].update(features[a], features[b])
-            if "fourier" in names:
-                rows = [fourier_log_amplitude(x[:, 1:], model.grid) for x in hidden]
-                means["fourier"][a] += (torch.stack(rows).cpu().numpy() - means["fourier"][a]) / step
-            if "attention" in names:    # of one block at a time: the scores are large
-                scores = (block.attn.scores(block.norm1(x)) for block, x in zip(model.blocks, hidden))
-                size = (model.grid, model.patch_size)
-                rows = [torch.stack([attention_distance(s, *size), attention_entropy(s)]) for s in scores]
-                means["attention"][a] += (torch.stack(rows).cpu().numpy() - means["attention"][a]) / step
-    return {**means, "cka": {a: {b: cka[a][b].compute().numpy() for b in cka[a]} for a in models}}
+        for label, model in models.items():
+            states = list(model.states(model.embed(images)))
+            features[label] = cka_features(model, states)
+            if "fourier" in instruments:
+                rows = [fourier_log_amplitude(x[:, 1:], model.grid) for x in states]
+                fourier[label].append(torch.stack(rows).cpu())
+            if "attention" in instruments:
+                attention[label].append(head_statistics(model, states).cpu())
+        if "cka" in instruments:
+            for a, b in cka:
+                cka[a, b].update(features[a], features[b])
+    results = {"cka": {a: {} for a in models}}
+    for a, b in cka:
+        results["cka"][a][b] = cka[a, b].compute().numpy()
+    for name, parts in (("fourier", fourier), ("attention", attention)):
+        if name in instruments:
+            results[name] = {a: torch.stack(parts[a]).mean(dim=0).numpy() for a in models}
+    return results
+
+
+def head_statistics(model, states):
+    """Distance and entropy of the heads of all blocks, `(depth, 2, h)`."""
+    rows = []
+    for block, x in zip(model.blocks, states):
+        scores = block.attn.scores(block.norm1(x))  # of one block at a time: they are large
+        distance = attention_distance(scores, model.grid, model.patch_size)
+        rows.append(torch.stack([distance, attention_entropy(scores)]))
+    return torch.stack(rows)
 
 
 def draw_cka(cka):
-    """Fig. 1, 6: each model with itself; below, with the first."""
-    figure = Figure((2.2 * len(cka) + 1, 2.6 * min(2, len(cka))), layout="constrained")
-    for column, a in zip(figure.subplots(min(2, len(cka)), len(cka), squeeze=False).T, cka):
-        for axis, b in zip(column, (a, next(iter(cka)))):
+    """Fig. 1, 6: each model with itself; below, with the reference."""
+    rows = min(2, len(cka))
+    figure = Figure((2.2 * len(cka) + 1, 2.6 * rows), layout="constrained")
+    for column, a in enumerate(cka, 1):
+        for row, b in enumerate(cka[a]):
+            axis = figure.add_subplot(rows, len(cka), row * len(cka) + column)
             image = axis.imshow(cka[a][b], origin="lower", vmin=0, vmax=1)
             axis.set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
     figure.colorbar(image, ax=figure.axes, label="CKA")
     return figure
 
 
-def draw_lines(panels, xlabel):
-    """A panel for each `name: {label: (x, y)}`, a line for each label; y `(n, h)`: dots and their mean."""
-    figure = Figure((4.5 * len(panels), 4), layout="constrained")
-    for axis, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
-        for i, (label, (x, y)) in enumerate(lines.items()):
-            axis.plot(x, y, ".", color=COLORS[i % 7], alpha=0.4)
-            axis.plot(x, np.atleast_2d(np.transpose(y)).mean(axis=0), color=COLORS[i % 7], label=label)
-        axis.set(xlabel=xlabel, ylabel=name)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
 def draw_fourier(fourier):
     """Fig. 3: the value at frequency pi, layer by layer."""
     lines = {label: (range(len(rows)), rows[:, -1]) for label, rows in fourier.items()}
-    return draw_lines({"log amplitude at frequency pi, relative to 0": lines}, "layer")
+    return draw_lines([("log amplitude at frequency pi, relative to 0", lines)], "layer")
 
 
 def draw_attention(attention):
     """Fig. 5: a dot is a head, a line their mean."""
-    names = "distance in pixels\n(the paper's figure: patch size 14, not 16)", "entropy in nats"
-    panels = [{a: (range(1, len(v) + 1), v[:, k]) for a, v in attention.items()} for k in (0, 1)]
-    return draw_lines(dict(zip(names, panels)), "layer")
+    panels = []
+    for k, name in enumerate(("distance in pixels", "entropy in nats")):
+        lines = {a: (range(1, len(rows) + 1), rows[:, k]) for a, rows in attention.items()}
+        panels.append((name, lines))
+    return draw_lines(panels, "layer")
 
 
 def draw_curves(folders):
-    """The scalars in the log.jsonl of training runs. UserError if there are none."""
+    """The scalars in the log.jsonl of training runs, a panel for each scalar of each script."""
     panels = {}
     for folder in folders:
-        for entry in map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines()):
-            for name in entry.keys() - {"epoch", "step", "lr", "images_per_s", "data_wait"}:
-                x, y = panels.setdefault(name, {run: ([], []) for run in folders})[folder]
-                x.append(entry["epoch"])
-                y.append(entry[name])
+        log = Path(folder) / "log.jsonl"
+        if not log.exists():
+            raise vit.InputError(f"{log}: no such file")
+        config = log.with_name("config.json")  # each script has settings of its own
+        script = sorted(json.loads(config.read_text())) if config.exists() else []
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        names = {name for entry in entries for name in entry}
+        for name in names - {"epoch", "step", "lr", "images_per_s", "data_wait"}:
+            points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
+            lines = panels.setdefault((name, *script), {})
+            lines[folder] = np.transpose(points)  # x, y
     if not panels:
-        raise UserError(f"{' '.join(folders)}: nothing logged yet")
-    return draw_lines(dict(sorted(panels.items())), "epoch")
+        raise vit.InputError(f"{' '.join(folders)}: nothing logged yet")
+    return draw_lines([(key[0], panels[key]) for key in sorted(panels)], "epoch")
+
+
+def draw_lines(panels, xlabel):
+    """Panels `(ylabel, {label: (x, y)})`; y is `(n,)`, or `(n, h)`: h dots and their mean."""
+    columns = min(3, len(panels))
+    rows = (len(panels) + 2) // 3
+    figure = Figure((4.5 * columns, 4 * rows), layout="constrained")
+    for place, (ylabel, lines) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, place, xlabel=xlabel, ylabel=ylabel)
+        for label, (x, y) in lines.items():
+            line, = axis.plot(x, y.reshape(len(y), -1).mean(axis=1), label=label)
+            if y.ndim == 2:
+                axis.plot(x, y, ".", color=line.get_color(), alpha=0.4)
+        axis.legend()
+    return figure
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    end = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))    # options come last
-    verb, *words = argv[:end] or ["all", "mae=runs/mae/last.pt", "random"]
-    args = parse(argv[end:], SETTINGS, out="runs/analysis")
     draw = {"cka": draw_cka, "fourier": draw_fourier, "attention": draw_attention}
-    names = list(draw) if verb == "all" else [verb]
-    if names[0] not in (*draw, "curves") or not words:
-        raise UserError(f"{verb}: choose from {', '.join(draw)}, all, curves; then name models, or runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False)
+    add = parser.add_argument
+    add("command", nargs="?", default="all", choices=["all", *draw, "curves"], help="what to do")
+    add("names", nargs="*", help="models, label=path or random; curves: folders of runs")
+    add("--reference", help="label of the model that cka compares the others with, else the first")
+    add("--images", type=count, default=1024, help="images to look at, chosen by --seed")
+    add("--batch-size", type=count, default=128, help="images in a mini-batch")
+    add("--data", default="toy", help=f"folder with val/, or toy, {', '.join(NAMED)}")
+    add("--root", default="data", help="folder of downloads")
+    add("--download", action="store_true", help="download CIFAR or Fashion-MNIST")
+    add("--seed", type=int, default=0, help="of the images, and of random")
+    add("--out", type=Path, default="runs/analysis", help="folder of the results")
+    args = parser.parse_intermixed_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    if verb == "curves":
-        return draw_curves(words).savefig(args.out / "curves.png", dpi=150)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.command == "curves":
+        draw_curves(args.names or ["runs/mae"]).savefig(args.out / "curves.png", dpi=150)
+        print(f"figure: {args.out / 'curves.png'}")
+        return
+    words = args.names or ["mae=runs/mae/last.pt", "random"]
     models = open_models(words, args.seed)
-    sizes = {model.to(device).eval().grid * model.patch_size for model in models.values()}
+    if args.reference and args.reference not in models:
+        raise vit.InputError(f"--reference {args.reference}: not one of {', '.join(models)}")
+    sizes = sorted({model.grid * model.patch_size for model in models.values()})
     if len(sizes) > 1:
-        raise UserError(f"the models take images of different sizes, in pixels: {sorted(sizes)}")
-    args.img_size = max(sizes)
+        raise vit.InputError(f"the models take images of different sizes, in pixels: {sizes}")
+    args.img_size = sizes[0]
     data = open_data(args, train=False)
-    args.batch_size, args.accum = min(args.batch_size, args.images, len(data)), 1
-    steps = min(args.images, len(data)) // args.batch_size    # whole mini-batches only
-    stream = Stream(len(data), args.seed, functools.partial(make_sample, data, args.img_size))
-    batches = tqdm(load(stream, 0, steps, args), total=steps, disable=not sys.stderr.isatty())
-    numbers = measure(models, ((x.to(device) - MEAN.to(device)) / STD.to(device) for x in batches), names)
-    about = f"{steps * args.batch_size:,} {data.split} images of {Path(args.data).name}"
-    for name in names:
-        figure = draw[name](numbers[name])
+    args.batch_size = min(args.batch_size, args.images, len(data))
+    args.images = min(args.images, len(data)) // args.batch_size * args.batch_size
+    instruments = list(draw) if args.command == "all" else [args.command]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {label: model.to(device).eval() for label, model in models.items()}
+    results = measure(models, mini_batches(args, data, device), instruments, args.reference)
+
+    about = f"{args.images:,} validation images of {Path(args.data).name}"
+    for name in instruments:
+        figure = draw[name](results[name])
         figure.suptitle(f"{name}: {about}")
         figure.savefig(args.out / f"{name}.png", dpi=150)
-        record = {"about": about, "models": words, name: numbers[name]}
+        record = {"about": about, "models": words, name: results[name]}
         (args.out / f"{name}.json").write_text(json.dumps(record, default=np.ndarray.tolist))
-    print(f"{about}; figures and numbers in {args.out}: {', '.join(names)}")
+    print(f"{about}; figures and numbers in {args.out}: {', '.join(instruments)}")
 
 
-# ======================================== plumbing, start: arguments and errors
-class UserError(Exception):
-    """Invalid input: one line on stderr, exit code 2."""
+# ==================== plumbing: the same in all scripts; skip it at first
 
-
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
-STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-PRESETS = ("toy", "small", "photos")    # the columns of SETTINGS
-NAMED = {"toy": "toy", "cifar10": "small", "cifar100": "small", "fashionmnist": "small"}
-COMMON = {  # argument: default; meaning; allowed values
-    "data": ("toy", f"a folder with train/ and val/, or one of: {' '.join(NAMED)}"),
-    "preset": (None, "column of the settings (default: by --data)", *PRESETS),
-    "root": ("data", "folder of CIFAR and Fashion-MNIST"),
-    "download": (False, "fetch them first"),
-    "fraction": (1.0, "train on this share of each class", 1e-9, 1),
-    "long_tail": (False, "train on class sizes shaped like ImageNet-LT's"),
-    "workers": (None, "processes that load images, per rank (default: its cores)", 0, 999),
-    "seed": (0, "seed of weights, order, crops, masks", 0, 2 ** 32 - 1),
-}
+BICUBIC = v2.InterpolationMode.BICUBIC
+to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
+NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
+IMAGES = (".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def parse(argv, settings, out):
-    """The arguments of `COMMON` and `settings`; a tuple has a default per preset. UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    table = {"out": (Path(out), "folder of the results"), **COMMON, **settings}
-    for name, (default, meaning, *allowed) in table.items():
-        values = default if isinstance(default, tuple) else (default,)
-        kind = type([value for value in (*values, *allowed, "") if value is not None][0])
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if allowed and kind is str:
-            options["choices"] = allowed
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **options)
-    parser.set_defaults(**{name: row[0] for name, row in table.items() if not isinstance(row[0], tuple)})
-    args = parser.parse_args(argv)
-    args.preset = args.preset or NAMED.get(args.data, "photos")
-    for name, (default, _, *allowed) in table.items():
-        if getattr(args, name) is None and isinstance(default, tuple):
-            setattr(args, name, default[PRESETS.index(args.preset)])
-        value = getattr(args, name)
-        if allowed and isinstance(value, (int, float)) and not allowed[0] <= value <= allowed[1]:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {allowed[0]} to {allowed[1]}")
-    return args
+def count(text):  # type of an argument: 1, 2, 3, ...
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
-def refuse(reason):
-    raise UserError(str(reason))
-
-
-def run(main, leave=os._exit):
-    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        main()
-    except Exception as error:
-        line = traceback.format_exc()
-        if isinstance(error, (UserError, vit.InputError, OSError)):
-            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
-            line = "error: a process that loads images was killed (out of memory?)"
-        print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits for no rank and no worker
-
-
-# ======================================== plumbing, data: images and the sample stream
-
-class Folder(torchvision.datasets.ImageFolder):
-    """Images below a folder: top folders are classes (2 before 10); without them all labels are 0."""
+class Folder(Dataset):
+    """All images below a folder; the class of each is the top folder, "" if it lies in none."""
 
     def __init__(self, root):
+        self.root = root
+        self.skipped = 0
+        paths = []
+        errors = []
         seen = set()
-        for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
+        for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
             if os.path.realpath(folder) in seen:
-                raise UserError(f"{folder}: links lead here twice, its images would count twice")
+                raise vit.InputError(f"{folder}: links lead here twice")
             seen.add(os.path.realpath(folder))
-        super().__init__(root, transform=to_tensor, loader=read_image)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            files = sorted(name for name in files if name[0] != ".")
+            images = [name for name in files if name.lower().endswith(IMAGES)]
+            self.skipped += len(files) - len(images)
+            inside = os.path.relpath(folder, root).removeprefix(".")
+            paths += [os.path.join(inside, name) for name in images]
+        if not paths:
+            errors.append("no images")
+        if errors:
+            raise vit.InputError(f"{root}: {errors[0]}")
+        tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]
+        classes, self.targets = np.unique(tops, return_inverse=True)
+        self.classes = classes.tolist()
+        self.paths = np.array([os.fsencode(path) for path in paths])  # workers share an array
 
-    def find_classes(self, directory):
-        names = sorted(next(os.walk(directory))[1], key=lambda n: (len(n) * n.isdecimal(), n)) or [""]
-        return names, {name: label for label, name in enumerate(names)}
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image = read_image(os.path.join(self.root, os.fsdecode(self.paths[i])))
+        return to_tensor(image), int(self.targets[i])
 
 
 def read_image(path):
-    """A file as a PIL image. UserError that names it."""
+    """A file as an RGB PIL image. Raises InputError that names it."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:    # PIL raises many types
-        raise UserError(f"{path}: unreadable image ({error!r:.200})") from None
-    if image.mode[0] in "IF":
-        raise UserError(f"{path}: more than 8 bits a pixel (PIL mode {image.mode})")
-    return image
-
-
-def to_tensor(image):
-    """A PIL image as an RGB uint8 tensor, `(3, H, W)`."""
-    image = image.convert("RGBA") if image.mode == "P" else image    # else PIL warns of transparency
-    return v2.functional.pil_to_tensor(image.convert("RGB"))
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a pixel, mode {image.mode}")
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many types
+        raise vit.InputError(f"{path}: unreadable image ({error!r:.200})") from None
 
 
 def open_data(args, train):
-    """One split: `data[i] -> (uint8 tensor (3, H, W), label)`, with `targets`, `classes`, `split`."""
-    root = Path(args.data)
+    """A split: `data[i] -> (uint8 (3, H, W), label)`, with `targets` and `classes`."""
+    source = args.data
     if args.data == "toy":
         data = vit.ToyShapes(train, args.img_size)
     elif args.data in NAMED:
-        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
-        dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # once a node, both splits
-            dataset(args.root, train, download=True)
-        if args.download and train and WORLD > 1:
-            dist.barrier()
+        dataset = getattr(torchvision.datasets, NAMED[args.data])
         try:
+            if args.download and LOCAL_RANK == 0:
+                dataset(args.root, train, download=True)
+            if args.download and WORLD > 1:
+                dist.barrier()
             data = dataset(args.root, train, transform=to_tensor)
-        except RuntimeError:
-            raise UserError(f"--data {args.data}: not in --root {args.root}; --download fetches it") from None
-    elif not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, nor one of: {' '.join(NAMED)}")
+        except (OSError, RuntimeError) as error:
+            raise vit.InputError(f"--data {args.data}: {error}") from None
     else:
-        tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-        if not train and not tests:    # training images also serve for evaluation
-            return open_data(args, train=True)
-        split = root / "train" if tests or (root / "train").is_dir() else root
-        data = Folder(str(split if train else tests[0]))
+        root = Path(args.data)
+        held_out = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
+        if held_out and not train:
+            root = held_out[0]
+        elif held_out or (root / "train").is_dir():  # train/ alone serves for both splits
+            root = root / "train"
+        data = Folder(root)
+        source = f"{root}, {data.skipped:,} other files skipped"
     if train and (args.fraction < 1 or args.long_tail):
-        whole, targets = data, np.array(data.targets)
-        data = Subset(whole, subset(targets, args))
-        data.targets, data.classes = targets[data.indices], whole.classes
-    data.split = "training" if train else "validation"
+        targets, classes = np.array(data.targets), data.classes
+        data = Subset(data, subset(targets, args))
+        data.targets, data.classes = targets[data.indices], classes
+    split = "training" if train else "validation"
+    print(f"{split}: {len(data):,} images of {len(data.classes):,} classes from {source}")
     return data
 
 
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1
     shares = np.maximum(pareto / pareto[0], 5 / 1280) if args.long_tail else np.ones(len(classes))
-    members = [rng.permutation(np.flatnonzero(targets == label)) for label in classes]
-    counts = [max(1, round(args.fraction * share * len(m))) for share, m in zip(shares, members)]
-    return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
+    chosen = []
+    for label, part in zip(classes, args.fraction * shares):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        chosen.append(members[:max(1, round(part * len(members)))])
+    return np.sort(np.concatenate(chosen))
 
 
 def center_crop(image, size):
-    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, bicubic, center crop."""
+    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, center crop."""
     if image.shape[1:] != (size, size):
-        image = v2.functional.resize(image, round(size * 256 / 224), v2.InterpolationMode.BICUBIC)
+        image = v2.functional.resize(image, round(size * 256 / 224), BICUBIC)
     return v2.functional.center_crop(image, size)
 
 
-class Stream(Dataset):
-    """Endless samples of n images: sample v is `make(i)`, i = permutation(seed, v // n)[v % n].
-
-    All that is random about it comes from (seed, v). Step s is samples [s B, (s + 1) B), every R-th of
-    them for a rank of R. So resuming, workers, ranks and accumulation change nothing.
-    """
-
-    def __init__(self, n, seed, make):
-        self.n, self.seed, self.make, self.epoch = n, seed, make, None
-
-    def __getitem__(self, v):
-        if v // self.n != self.epoch:
-            self.epoch = v // self.n
-            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
-        torch.default_generator.manual_seed(int(seed))    # uses 32 bits
-        return self.make(self.order[v % self.n])
-
-
-def load(stream, step, end, args):
-    """This rank's batches from `step` to `end`, --accum a step; workers are at most two ahead."""
-    batch = args.batch_size // getattr(args, "crops_per_image", 1)
-    batches = (list(range(s * batch + RANK, (s + 1) * batch, WORLD)[part::args.accum])
-               for s in range(step, end) for part in range(args.accum))
-    cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = 0 if args.data in NAMED and not cuda else workers    # 0: images in memory
-    return iter(DataLoader(stream, batch_sampler=batches, pin_memory=cuda, worker_init_fn=ignore_signals,
-                           num_workers=workers if args.workers is None else args.workers))
-
-
-def ignore_signals(_):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ======================================== the end of the plumbing
-
 if __name__ == "__main__":
-    run(main)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except vit.InputError as error:  # a worker's has its traceback in front
+        print("error:", str(error).rpartition("InputError: ")[2].strip(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: --resume continues", file=sys.stderr)
+        sys.exit(130)

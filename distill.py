@@ -1,27 +1,24 @@
-"""MAE with attention distillation: a small network also imitates a larger one's attention.
+"""Distilled MAE: while it fills in images, a small network imitates the attention of its teacher.
 
-Recipe: "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICML 2023).
-The teacher, a frozen MAE, sees the same visible patches. M, learned, maps the student's heads to its.
+The teacher, a frozen pre-trained encoder, sees the same N tokens as the student's encoder. M, a
+learned matrix, maps the student's h' heads to the teacher's h. Read `diff mae.py distill.py`.
+Recipe: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023).
 
-    loss = mean over removed patches of (prediction - target)^2, target = pixels, normalized per patch
-           + mean (A_teacher - M A_student)^2, A = q k^T / sqrt(d), before the softmax  (Eq. 3)
+    loss = mean over removed patches of (prediction - pixels normalized within the patch)^2
+           + mean of (A_teacher - M A_student)^2, A = q k^T / sqrt(d)   (Eq. 3)
 
-    laptop  python distill.py    # a teacher first; minutes
-    one GPU, 8 GPUs, two nodes: as mae.py, with --data DIR --teacher mae_pretrain_vit_base.pth
-Results in --out: config.json, log.jsonl, last.pt, reconstruction.png. --resume continues exactly.
-Shapes: B images, L patches, n kept, D width, p patch size, S image size. Read up to the end of `train`.
+    python mae.py && python distill.py --teacher runs/mae/last.pt  # a laptop; GPUs: as mae.py
+
+Results in --out: config.json, log.jsonl, last.pt, attention.png. --resume continues it.
+Shapes: B images, L patches, D width, p patch size, S image size.
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -46,32 +43,25 @@ def patchify(images, patch_size):
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
 
 
-def unpatchify(patches, patch_size):
-    """`(B, L, p*p*3) -> (B, 3, H, W)` of a square image: the inverse of `patchify`."""
-    B, L, _ = patches.shape
-    side = math.isqrt(L)
-    x = patches.reshape(B, side, side, patch_size, patch_size, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, side * patch_size, side * patch_size)
-
-
 def random_masking(tokens, mask_ratio, noise=None):
     """Keeps the `int(L * (1 - mask_ratio))` tokens with the smallest noise (MAE, Sec. 3).
 
-    tokens `(B, L, D)`, noise `(B, L)`, uniform. Returns the kept tokens `(B, n, D)`, the mask `(B, L)`,
-    1 = removed, and `ids_restore (B, L)`: patch i is entry `ids_restore[i]` of (kept, then removed).
+    tokens `(B, L, D)`, noise `(B, L)`, uniform. Returns the n kept tokens `(B, n, D)`, the mask
+    `(B, L)`, 1 = masked, and `ids_restore (B, L)`: in the order kept, then masked, patch i stands
+    at place `ids_restore[i]`.
     """
     B, L, D = tokens.shape
     noise = torch.rand(B, L, device=tokens.device) if noise is None else noise
     keep = int(L * (1 - mask_ratio))
-    ids_shuffle = noise.argsort(dim=1)                       # smallest noise first
-    ids_restore = ids_shuffle.argsort(dim=1)                 # the inverse permutation
+    ids_shuffle = noise.argsort(dim=1)  # smallest noise first
+    ids_restore = ids_shuffle.argsort(dim=1)  # the inverse permutation
     kept = tokens.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, D))
     mask = (ids_restore >= keep).to(tokens.dtype)
     return kept, mask, ids_restore
 
 
 def attention_distillation_loss(student, teacher, head_map):
-    """Eq. 3 of scores `(B, h', n, n)`, `(B, h, n, n)` and M, `(h, h')` or a 1x1 convolution."""
+    """Eq. 3 of scores `(B, h', N, N)`, `(B, h, N, N)` and M, `(h, h')` or a layer with it."""
     head_map = getattr(head_map, "weight", head_map)
     dtype = torch.promote_types(student.dtype, torch.float32)
     with torch.autocast(student.device.type, enabled=False):
@@ -80,16 +70,15 @@ def attention_distillation_loss(student, teacher, head_map):
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder for the visible patches, a decoder that predicts the removed ones (MAE, Sec. 3)."""
+    """An encoder of the visible patches, a decoder that predicts the removed (MAE, Sec. 3)."""
 
-    def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix_loss=True,
-                 blocks=(), teacher_heads=12):    # indices
+    def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3,
+                 norm_pix_loss=True, blocks=(), teacher_heads=12):
         super().__init__()
-        self.blocks = tuple(blocks)
+        self.blocks = blocks  # those that are distilled, counted from 0
         heads = encoder.blocks[0].attn.num_heads
-        self.head_maps = nn.ParameterList(
-            torch.empty(teacher_heads, heads).uniform_(-1, 1) / math.sqrt(heads) for _ in blocks)
-        if encoder.global_pool == "avg":     # changes the caller's: MAE normalizes every token
+        self.head_maps = nn.ModuleList(nn.Linear(heads, teacher_heads, bias=False) for _ in blocks)
+        if encoder.global_pool == "avg":  # vit.py's default; here every token is normalized
             encoder.norm = encoder.fc_norm
             encoder.fc_norm = nn.Identity()
             encoder.global_pool = "token"
@@ -109,42 +98,43 @@ class MaskedAutoencoder(nn.Module):
             vit.init_weights(part)
 
     def decode(self, latent, ids_restore):
-        """Encoded class token and patches `(B, 1 + n, D)` to a prediction per patch, `(B, L, p*p*3)`."""
+        """Encoded class token and patches `(B, 1 + n, D)` to pixels of all, `(B, L, p*p*3)`."""
         x = self.decoder_embed(latent)
         B, L = ids_restore.shape
-        removed = L - (x.shape[1] - 1)    # without the class token
+        removed = L - (x.shape[1] - 1)  # without the class token
         patches = torch.cat([x[:, 1:], self.mask_token.expand(B, removed, -1)], dim=1)
-        patches = patches.gather(1, ids_restore[:, :, None].expand_as(patches))    # in raster order
+        patches = patches.gather(1, ids_restore[:, :, None].expand_as(patches))  # row by row again
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def target(self, images):
-        """The pixels to predict, `(B, L, p*p*3)`, by default normalized per patch (norm-pix, Sec. 3)."""
+        """The pixels to predict, `(B, L, p*p*3)`, normalized per patch (norm-pix, Sec. 3)."""
         target = patchify(images, self.encoder.patch_size)
         if not self.norm_pix_loss:
             return target
-        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)    # unbiased variance
+        mean = target.mean(-1, keepdim=True)
+        var = target.var(-1, keepdim=True)  # unbiased
         return (target - mean) / (var + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None, teacher_scores=()):
-        """images `(B, 3, H, W)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = removed,
-        attention_loss (scalar, of all blocks). `teacher_scores`: from `Teacher`."""
-        tokens = self.encoder.embed(images)                                    # (B, L, D), with position
-        kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)    # (B, n, D)
-        x, extras = self.encoder.encode(kept, attention=self.blocks, hidden=True)
-        latent = self.encoder.norm(x)    # (B, 1 + n, D)
+        """`(B, 3, S, S)` -> loss, pred `(B, L, p*p*3)`, mask `(B, L)`, attention loss (Eq. 3)."""
+        tokens = self.encoder.embed(images)  # (B, L, D), with position
+        kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)
+        states = list(self.encoder.states(kept))  # states[i]: the input of block i
+        latent = self.encoder.norm(states[-1])  # (B, 1 + n, D)
         pred = self.decode(latent, ids_restore)
-        error = (pred.to(images.dtype) - self.target(images)) ** 2             # float32, also with --amp
-        loss = (error.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)     # of removed patches only
-        scores = [extras.attention[block] for block in self.blocks]
-        attention_loss = sum(map(attention_distillation_loss, scores, teacher_scores, self.head_maps))
-        return loss, pred, mask, attention_loss
+        error = (pred.to(images.dtype) - self.target(images)) ** 2  # float32 also with --amp
+        loss = (error.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)  # of masked patches
+        blocks = self.encoder.blocks
+        scores = [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in self.blocks]
+        losses = map(attention_distillation_loss, scores, teacher_scores, self.head_maps)
+        return loss, pred, mask, sum(losses)
 
 
 class Teacher(nn.Module):
-    """A frozen encoder, cut after the last of `blocks`."""
+    """A frozen encoder, cut after the last of `blocks`, which count from 0."""
 
     def __init__(self, encoder, blocks):
         super().__init__()
@@ -154,537 +144,497 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, mask_ratio, noise):
-        """Scores `(B, h, n, n)` of each block, for the patches the student sees."""
+        """Scores `(B, h, N, N)` of each block, for the patches that the student sees."""
         kept, _, _ = random_masking(self.encoder.embed(images), mask_ratio, noise)
-        _, extras = self.encoder.encode(kept, attention=self.blocks)
-        return [extras.attention[block] for block in self.blocks]
+        states = list(self.encoder.states(kept))
+        blocks = self.encoder.blocks
+        return [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in self.blocks]
 
 
-# ------------------------------------------------------------ training
-
-SETTINGS = {  # argument: toy, small (32 px), photos; meaning; minimum, maximum or choices
-    "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
-    "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
-    "patch_size":      ((4, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),
-    "mask_ratio":      ((0.75, 0.75, 0.75), "share of the patches that is removed", 0, 0.99),
-    "norm_pix_loss":   ((True, True, True), "normalize the target within each patch"),
-    "decoder_dim":     (None, "width of the decoder (default: by --arch)", 4, 4096),
-    "decoder_depth":   (None, "blocks of the decoder (default: by --arch)", 1, 100),
-    "decoder_heads":   (None, "attention heads of the decoder (default: by --arch)", 1, 100),
-    "min_crop":        ((0.3, 0.2, 0.08), "smallest crop, as a share of the image's area", 0, 1),
-    "crops_per_image": ((1, 1, 1), "crops of each loaded image; an epoch counts crops", 1, 1000),
-    "epochs":          ((6, 400, 400), "passes over the images", 1, 10 ** 6),
-    "warmup_epochs":   ((1.0, 20.0, 40.0), "epochs in which the learning rate rises", 0, 10 ** 6),
-    "batch_size":      ((128, 512, 4096), "images in an update, over ranks and --accum", 1, 10 ** 6),
-    "base_lr":         ((6e-3, 3e-4, 1.5e-4), "learning rate per 256 images of the batch", 0, 1e12),
-    "weight_decay":    ((0.05, 0.05, 0.05), "of AdamW; biases and norms have none", 0, 1),
-    "init":            (None, "start from the encoder weights of this checkpoint"),
-    "teacher":         (None, "a pre-trained ViT (toy data: trained first)"),
-    "teacher_heads":   (None, "its heads", 1, 1000),
-    "distill_blocks":  ("last", "of the student: last, all, or from 1, as in 6,12"),
-    "attn_weight":     (1.0, "of the attention loss", 0, 1e6),
-}
-DECODERS = {"toy": (96, 1, 3), "tiny": (96, 1, 3), "small": (192, 1, 6), "base": (512, 8, 16)}
+def settings(parser):
+    add = parser.add_argument
+    add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
+    add("--img-size", type=count, default=224, help="image side in pixels")
+    add("--patch-size", type=count, default=16, help="patch side in pixels")
+    add("--mask-ratio", type=share, default=0.75, help="share of removed patches")
+    add("--norm-pix-loss", default=True, action=argparse.BooleanOptionalAction, help="see target")
+    add("--decoder-dim", type=count, default=96, help="width (ViT-Base: 512)")
+    add("--decoder-depth", type=count, default=1, help="blocks (ViT-Base: 8)")
+    add("--decoder-heads", type=count, default=3, help="heads (ViT-Base: 16)")
+    add("--min-crop", type=share, default=0.08, help="smallest crop, share of the area")
+    add("--crops-per-image", type=count, default=1, help="crops of each loaded image")
+    add("--epochs", type=amount, default=400, help="passes over the images, counting crops")
+    add("--warmup-epochs", type=amount, default=40, help="epochs of rising learning rate")
+    add("--batch-size", type=count, default=4096, help="images in an update")
+    add("--base-lr", type=amount, default=1.5e-4, help="learning rate per 256 images")
+    add("--weight-decay", type=amount, default=0.05, help="not on biases and norms")
+    add("--clip-grad", type=amount, help="largest norm of the gradient")
+    add("--init", help="start from the encoder in this file")
+    add("--teacher", help="required: file of a pre-trained encoder")
+    add("--teacher-heads", type=count, help="its number of heads, else 12")
+    add("--distill-blocks", default="last", help="of the student: last, all, or from 1: 6,12")
+    add("--attn-weight", type=amount, default=1.0, help="weight of the attention loss")
 
 
-def make_sample(data, transform, args, i):
-    """Image i as random crops `(crops, 3, S, S)`, uint8, and the masking noise of each, `(crops, L)`."""
-    image, _ = data[i]
-    views = [transform(image) for _ in range(args.crops_per_image)]
-    return torch.stack(views), torch.rand(len(views), (args.img_size // args.patch_size) ** 2)
+PRESETS = {  # what differs from the defaults above
+    "photos": {},
+    "small": dict(img_size=32, patch_size=4, min_crop=0.2, warmup_epochs=20, batch_size=512,
+                  base_lr=3e-4),
+    "toy": dict(arch="toy", img_size=32, patch_size=4, min_crop=0.3, epochs=6, warmup_epochs=1,
+                batch_size=128, base_lr=6e-3)}
+
+
+class Samples(Dataset):
+    """Sample v = 0, 1, 2, ...: an image's crops `(crops, 3, S, S)`, uint8, and noise `(crops, L)`.
+
+    All that is random about sample v follows from (seed, v). So the number of ranks, workers and
+    micro-batches changes nothing, nor does a restart.
+    """
+
+    def __init__(self, data, args):
+        self.data = data
+        self.args = args
+        self.crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=BICUBIC)
+        self.flip = v2.RandomHorizontalFlip()
+
+    def __getitem__(self, v):
+        image, _ = self.data[shuffled(v, len(self.data), self.args.seed)]
+        crops = [self.flip(self.crop(image)) for _ in range(self.args.crops_per_image)]
+        noise = torch.rand(len(crops), (self.args.img_size // self.args.patch_size) ** 2)
+        return torch.stack(crops), noise
 
 
 def train(args):
-    device, stop = setup(args)
-    teacher, blocks = load_teacher(args, device)
-    # Data: an endless stream. All that is random about sample number v follows from (seed, v).
+    device = setup(args, args.crops_per_image)
+    teacher, heads, blocks = load_teacher(args, device)
     data = open_data(args, train=True)
-    transform = v2.Compose([
-        v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=v2.InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip(),
-    ])
-    stream = Stream(len(data), args.seed, functools.partial(make_sample, data, transform, args))
-    mean, std = MEAN.to(device), STD.to(device)    # of pixels from 0 to 255
-    steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
-
-    # Model and optimizer: new, from --init, or from the checkpoint of an interrupted run.
+    validation = open_data(args, train=False)
+    chosen = range(0, len(validation), math.ceil(len(validation) / 8))
+    examples = torch.stack([center_crop(validation[i][0], args.img_size) for i in chosen])
+    mean = vit.MEAN.to(device)
+    std = vit.STD.to(device)
     torch.manual_seed(args.seed)
-    encoder = vit.ARCHS[args.arch](img_size=args.img_size, patch_size=args.patch_size, global_pool="token")
-    if args.init and not args.resume:
+    encoder = vit.ARCHS[args.arch](args.img_size, args.patch_size, global_pool="token")
+    if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
     decoder = args.decoder_dim, args.decoder_depth, args.decoder_heads
-    model = MaskedAutoencoder(encoder, *decoder, args.norm_pix_loss, blocks, args.teacher_heads).to(device)
+    model = MaskedAutoencoder(encoder, *decoder, args.norm_pix_loss, blocks, heads).to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]    # biases and norms: no weight decay
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
+    done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
     if args.compile:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False)  # all batches have one size
         teacher.compile(dynamic=False)
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
-    end = min(steps, step + (args.max_steps or steps))
-    batches = load(stream, step, end, args)
-    log, last_save = Log(args, step, steps), time.time()
-    while step < end:
-        lr = learning_rate(step, steps, warmup, args.base_lr * args.batch_size / 256)
+    autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
+
+    steps = max(1, round(args.epochs * len(data) / args.batch_size))
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
+    end = min(steps, done + args.max_steps) if args.max_steps else steps
+    log = Log(args, scaler)
+    B = args.batch_size // args.crops_per_image  # images a step; the first has samples 0 to B - 1
+    mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
+    batches = log.timed(DataLoader(
+        Samples(data, args), B // (WORLD * args.accum), sampler=mine, num_workers=args.workers,
+        pin_memory=torch.cuda.is_available()))
+    last_save = time.time()
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
+        lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = attention_loss = 0
         for part in range(args.accum):
-            images, noise = log.next(batches)    # the wait is logged
-            images = images.to(device, non_blocking=True).flatten(0, 1)    # (B, 3, S, S), uint8
-            noise = noise.to(device, non_blocking=True).flatten(0, 1)      # (B, L)
-            network.require_backward_grad_sync = part == args.accum - 1    # synchronized on the last part
+            images, noise = next(batches)
+            images = images.to(device, non_blocking=True).flatten(0, 1)  # (B, 3, S, S), uint8
+            noise = noise.to(device, non_blocking=True).flatten(0, 1)  # (B, L)
+            # Ranks synchronize gradients on the last micro-batch only.
+            network.require_backward_grad_sync = part == args.accum - 1
             inputs = (images - mean) / std, args.mask_ratio, noise
             with autocast:
-                part_loss, _, _, part_attention = network(*inputs, teacher(*inputs))
-            scaler.scale((part_loss + args.attn_weight * part_attention) / args.accum).backward()
-            loss += part_loss.detach() / args.accum
-            attention_loss += part_attention.detach() / args.accum
-
+                loss, _, _, attention_loss = network(*inputs, teacher(*inputs))
+            scaler.scale((loss + args.attn_weight * attention_loss) / args.accum).backward()
+            log.add(loss=loss, attention_loss=attention_loss)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        step += 1
-        log.window.append({"loss": loss, "attention_loss": attention_loss, "grad_norm": grad_norm})
-        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
-            continue
-        # Only here does the program wait for the device: it reads the losses, and ranks agree to stop.
-        stopping = log.write(step, stop, epoch=step * args.batch_size / len(data), lr=lr)
-        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
-            save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
-            draw_reconstructions(args, model, teacher, mean, std, step)
-            last_save = time.time()
-        if stopping:
-            break
-    print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}")
+        # Up to here nothing waited for the device. Reading the losses does.
+        if step % args.log_every == 0 or step == end:
+            epoch = step * args.batch_size / len(data)
+            log.write(step, epoch=epoch, lr=lr, grad_norm=grad_norm.item())
+            if RANK == 0 and (step == end or time.time() - last_save > 60 * args.save_minutes):
+                save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
+                draw_attention(args, model, teacher, examples, mean, std)
+                last_save = time.time()
+    print(f"step {end} of {steps}: {args.out}")
 
 
 @torch.no_grad()
-def draw_reconstructions(args, model, teacher, mean, std, step):
-    """reconstruction.png: images, masked, output, the latter two, what class tokens attend to."""
-    data, p = open_data(args, train=False), args.patch_size
-    chosen = range(0, len(data), math.ceil(len(data) / 8))
-    crops = [center_crop(data[i][0], args.img_size) for i in chosen]
-    images = (torch.stack(crops).to(mean.device) - mean) / std
-    noise = torch.rand(len(images), model.encoder.grid ** 2, generator=torch.Generator().manual_seed(0))
-    _, pred, mask, _ = model.forward(images, args.mask_ratio, noise.to(mean.device))    # not compiled
-    original, mask = patchify(images, p), mask[:, :, None]
-    if args.norm_pix_loss:    # undo it with the original patch's mean and standard deviation
-        pred = pred * (original.var(-1, keepdim=True) + 1e-6).sqrt() + original.mean(-1, keepdim=True)
-    rows = {"original": original, "masked": original * (1 - mask), "output": pred,
-            "output +\nvisible": original * (1 - mask) + pred * mask}
-    _, extras = model.encoder.encode(model.encoder.embed(images), attention=model.blocks)
-    student = torch.einsum("ts,bsij->btij", model.head_maps[-1], extras.attention[model.blocks[-1]])
-    maps = vit.attention_maps(teacher.encoder, images, teacher.blocks[-1:])[0]
-    for name, attention in ("teacher", maps), ("student", student.softmax(dim=-1)):
-        seen = attention[:, :, 0, 1:].mean(dim=1)    # (B, L)
-        rows[f"seen by\n{name}"] = original * (seen / seen.amax(1, keepdim=True))[:, :, None]
-    figure = Figure((1.2 * len(images) + 0.5, 7.3), layout="tight")
-    axes = figure.subplots(6, len(images), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for axis_row, (name, patches) in zip(axes, rows.items()):
-        axis_row[0].set_ylabel(name)
-        for axis, image in zip(axis_row, unpatchify(patches, p) * std + mean):
-            axis.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
-    figure.suptitle(f"MAE {args.arch}, {data.split} images of {args.data}, step {step}")
-    figure.savefig(args.out / "reconstruction.png")
-
-
-def toy_teacher():
-    """Lets mae.py train a toy teacher; returns whether it is finished."""
-    out = Path("runs/toy-teacher")
-    print(f"mae.py trains a teacher in {out}")
-    command = [sys.executable, Path(__file__).with_name("mae.py"), "--resume", "--out", out]
-    process = subprocess.Popen(command, env={**os.environ, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
-    for number in SIGNALS:    # mae.py saves and ends
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: process.terminate())
-    if process.wait() > 0:
-        raise UserError(f"{out}: mae.py failed; rename it or give --teacher")
-    if process.returncode == 0:
-        run = torch.load(out / "last.pt", weights_only=True)
-        return json.loads(run["log"].splitlines()[-1])["epoch"] >= run["config"]["epochs"]
-
-
-def load_teacher(args, device):
-    """The `Teacher` and the indices of the student's distilled blocks."""
-    weights = vit.read_weights(args.teacher)
-    encoder, report = vit.from_weights(weights, args.teacher_heads)
-    origin = "a published file"
-    if "save_minutes" in weights.config:    # ours
-        step = torch.load(args.teacher, map_location="cpu", weights_only=True)["step"]
-        origin = f"step {step} on {weights.config['data']}"
-    print(f"teacher {args.teacher}: {origin}; {report}")
-    sizes = encoder.patch_size, encoder.patch_size * encoder.grid
-    if sizes != (args.patch_size, args.img_size):
-        raise UserError(f"--teacher {args.teacher}: --patch-size and --img-size must be its own, {sizes}")
-    numbers = [str(b + 1) for b in range(vit.ARCHS[args.arch].keywords["depth"])]
-    chosen = {"last": numbers[-1:], "all": numbers}.get(args.distill_blocks, args.distill_blocks.split(","))
-    if not set(chosen) <= set(numbers):
-        raise UserError(f"--distill-blocks: last, all, or of {', '.join(numbers)}")
-    paired = [max(1, round(int(b) * len(encoder.blocks) / len(numbers))) - 1 for b in chosen]
-    args.teacher_heads = encoder.blocks[0].attn.num_heads
-    return Teacher(encoder, paired).to(device), [int(b) - 1 for b in chosen]    # from 0
+def draw_attention(args, model, teacher, examples, mean, std):
+    """attention.png: what the class token attends to in the last of `blocks`, mean over heads."""
+    images = (examples.to(mean.device) - mean) / std
+    target = vit.attention_maps(teacher.encoder, images, teacher.blocks[-1:])[0]
+    student = vit.attention_maps(model.encoder, images, model.blocks[-1:])[0]
+    # The log of a softmax is the scores plus a constant, and the next softmax ignores constants.
+    scores = torch.einsum("ts,bsij->btij", model.head_maps[-1].weight, (student + 1e-30).log())
+    rows = [x[:, :, 0, 1:].mean(dim=1) for x in (target, scores.softmax(dim=-1), student)]
+    rows = torch.cat([x / x.amax(dim=1, keepdim=True) for x in rows])  # (3 B, L), at most 1
+    maps = (255 * rows).byte().cpu().unflatten(1, (1, model.encoder.grid, -1))
+    maps = nn.functional.interpolate(maps.expand(-1, 3, -1, -1), args.img_size)
+    grid = torchvision.utils.make_grid(torch.cat([examples, maps]), nrow=len(images), pad_value=255)
+    axis = Figure((10, 5), layout="tight").subplots(subplot_kw={"xticks": []})
+    axis.set_title(f"Distilled MAE on {args.data}: attention of the class token (white: most)")
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    centers = range(args.img_size // 2, grid.shape[1], args.img_size + 2)
+    axis.set_yticks(centers, ["image", "teacher", "M student", "student"])
+    axis.figure.savefig(args.out / "attention.png")
 
 
 def main(argv=None):
-    args = parse(argv, {**SETTINGS, **TRAINING}, out="runs/distill")
-    if not args.teacher and args.data != "toy":
-        raise UserError("--teacher FILE is needed with all but toy data")
-    if not args.teacher and RANK == 0 and not toy_teacher():    # others wait in `setup`
-        return print("stopped: the teacher is not finished, run again")
-    args.teacher = args.teacher or "runs/toy-teacher/last.pt"
-    for name, value in zip(("decoder_dim", "decoder_depth", "decoder_heads"), DECODERS[args.arch]):
-        setattr(args, name, getattr(args, name) or value)
+    args = parse(argv, settings, PRESETS, out="runs/distill")
+    parts = (args.img_size // args.patch_size) ** 2
+    kept = int(parts * (1 - args.mask_ratio))
+    if not 0 < kept < parts:
+        raise vit.InputError(f"--mask-ratio {args.mask_ratio}: keeps {kept} of {parts}")
     train(args)
 
 
-# ======================================== plumbing, start: arguments and errors
-class UserError(Exception):
-    """Invalid input: one line on stderr, exit code 2."""
+# ==================== plumbing: the same in all scripts; skip it at first
 
-
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
-STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-PRESETS = ("toy", "small", "photos")    # the columns of SETTINGS
-NAMED = {"toy": "toy", "cifar10": "small", "cifar100": "small", "fashionmnist": "small"}
-COMMON = {  # argument: default; meaning; allowed values
-    "data": ("toy", f"a folder with train/ and val/, or one of: {' '.join(NAMED)}"),
-    "preset": (None, "column of the settings (default: by --data)", *PRESETS),
-    "root": ("data", "folder of CIFAR and Fashion-MNIST"),
-    "download": (False, "fetch them first"),
-    "fraction": (1.0, "train on this share of each class", 1e-9, 1),
-    "long_tail": (False, "train on class sizes shaped like ImageNet-LT's"),
-    "workers": (None, "processes that load images, per rank (default: its cores)", 0, 999),
-    "seed": (0, "seed of weights, order, crops, masks", 0, 2 ** 32 - 1),
-}
+WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+BICUBIC = v2.InterpolationMode.BICUBIC
+to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
+NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
+IMAGES = (".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+MAY_CHANGE = ("out", "preset", "data", "root", "download", "workers", "accum", "compile",
+              "log_every", "save_minutes", "max_steps", "resume", "init", "teacher")
 
 
-def parse(argv, settings, out):
-    """The arguments of `COMMON` and `settings`; a tuple has a default per preset. UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    table = {"out": (Path(out), "folder of the results"), **COMMON, **settings}
-    for name, (default, meaning, *allowed) in table.items():
-        values = default if isinstance(default, tuple) else (default,)
-        kind = type([value for value in (*values, *allowed, "") if value is not None][0])
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if allowed and kind is str:
-            options["choices"] = allowed
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **options)
-    parser.set_defaults(**{name: row[0] for name, row in table.items() if not isinstance(row[0], tuple)})
-    args = parser.parse_args(argv)
-    args.preset = args.preset or NAMED.get(args.data, "photos")
-    for name, (default, _, *allowed) in table.items():
-        if getattr(args, name) is None and isinstance(default, tuple):
-            setattr(args, name, default[PRESETS.index(args.preset)])
-        value = getattr(args, name)
-        if allowed and isinstance(value, (int, float)) and not allowed[0] <= value <= allowed[1]:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {allowed[0]} to {allowed[1]}")
-    return args
+def parse(argv, settings, presets, out, recipes=None):
+    """What is typed; else what the run to resume had; else the preset's; else the default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("--data", default="toy", help=f"folder with train/ and val/, or toy, {', '.join(NAMED)}")
+    add("--preset", choices=presets, help="sizes and recipe, else by --data")
+    settings(parser)
+    add("--out", type=Path, default=out, help="folder of the results")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--root", default="data", help="folder of downloads")
+    add("--download", action="store_true", help="download CIFAR or Fashion-MNIST")
+    add("--fraction", type=share, default=1.0, help="share of each class to train on")
+    add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
+    add("--seed", type=int, default=0, help="of weights, order, crops, masks")
+    add("--accum", type=count, default=1, help="micro-batches in an update")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--workers", type=int, default=WORKERS, help="loading processes")
+    add("--log-every", type=count, default=10, help="steps between log lines")
+    add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
+    add("--max-steps", type=count, help="stop early, the schedule unchanged")
+    typed, _ = parser.parse_known_args(argv)
+    by_data = {"toy": "toy", **dict.fromkeys(NAMED, "small")}.get(typed.data, "photos")
+    preset = typed.preset or by_data
+    parser.set_defaults(preset=preset, **presets[preset])
+    if recipes:
+        parser.set_defaults(**recipes[typed.recipe])
+    if typed.resume and (typed.out / "config.json").exists():
+        before = json.loads((typed.out / "config.json").read_text())
+        names = (before.keys() & vars(typed)) - {"max_steps"}
+        parser.set_defaults(**{name: before[name] for name in names})
+    add("-h", "--help", action="help", default=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
-def refuse(reason):
-    raise UserError(str(reason))
+def load_teacher(args, device):
+    """The Teacher, how many heads it has, and the student's distilled blocks, from 0."""
+    if not args.teacher:
+        raise vit.InputError("--teacher FILE: give a pre-trained network, such as runs/mae/last.pt")
+    encoder, report = vit.from_weights(args.teacher, args.teacher_heads, patch_size=args.patch_size)
+    print(f"--teacher {args.teacher}: {report}")
+    depth = len(vit.ARCHS[args.arch]().blocks)  # of the student
+    index = {str(i + 1): i for i in range(depth)}  # of each number on the command line
+    text = args.distill_blocks.replace("last", str(depth)).replace("all", ",".join(index))
+    if not set(text.split(",")) <= set(index):
+        raise vit.InputError(f"--distill-blocks {text}: last, all, or of {','.join(index)}")
+    blocks = [index[number] for number in text.split(",")]
+    at_same_depth = [max(0, round((i + 1) * len(encoder.blocks) / depth) - 1) for i in blocks]
+    heads = encoder.blocks[0].attn.num_heads
+    return Teacher(encoder, at_same_depth).to(device), heads, blocks
 
 
-def run(main, leave=os._exit):
-    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        main()
-    except Exception as error:
-        line = traceback.format_exc()
-        if isinstance(error, (UserError, vit.InputError, OSError)):
-            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
-            line = "error: a process that loads images was killed (out of memory?)"
-        print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits for no rank and no worker
+def count(text):  # type of an argument: 1, 2, 3, ...
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
-# ======================================== plumbing, data: images and the sample stream
+def amount(text):  # a number from 0 up
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
-class Folder(torchvision.datasets.ImageFolder):
-    """Images below a folder: top folders are classes (2 before 10); without them all labels are 0."""
+
+def share(text):  # a number from 0 to 1
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+class Folder(Dataset):
+    """All images below a folder; the class of each is the top folder, "" if it lies in none."""
 
     def __init__(self, root):
+        self.root = root
+        self.skipped = 0
+        paths = []
+        errors = []
         seen = set()
-        for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
+        for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
             if os.path.realpath(folder) in seen:
-                raise UserError(f"{folder}: links lead here twice, its images would count twice")
+                raise vit.InputError(f"{folder}: links lead here twice")
             seen.add(os.path.realpath(folder))
-        super().__init__(root, transform=to_tensor, loader=read_image)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            files = sorted(name for name in files if name[0] != ".")
+            images = [name for name in files if name.lower().endswith(IMAGES)]
+            self.skipped += len(files) - len(images)
+            inside = os.path.relpath(folder, root).removeprefix(".")
+            paths += [os.path.join(inside, name) for name in images]
+        if not paths:
+            errors.append("no images")
+        if errors:
+            raise vit.InputError(f"{root}: {errors[0]}")
+        tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]
+        classes, self.targets = np.unique(tops, return_inverse=True)
+        self.classes = classes.tolist()
+        self.paths = np.array([os.fsencode(path) for path in paths])  # workers share an array
 
-    def find_classes(self, directory):
-        names = sorted(next(os.walk(directory))[1], key=lambda n: (len(n) * n.isdecimal(), n)) or [""]
-        return names, {name: label for label, name in enumerate(names)}
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image = read_image(os.path.join(self.root, os.fsdecode(self.paths[i])))
+        return to_tensor(image), int(self.targets[i])
 
 
 def read_image(path):
-    """A file as a PIL image. UserError that names it."""
+    """A file as an RGB PIL image. Raises InputError that names it."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:    # PIL raises many types
-        raise UserError(f"{path}: unreadable image ({error!r:.200})") from None
-    if image.mode[0] in "IF":
-        raise UserError(f"{path}: more than 8 bits a pixel (PIL mode {image.mode})")
-    return image
-
-
-def to_tensor(image):
-    """A PIL image as an RGB uint8 tensor, `(3, H, W)`."""
-    image = image.convert("RGBA") if image.mode == "P" else image    # else PIL warns of transparency
-    return v2.functional.pil_to_tensor(image.convert("RGB"))
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a pixel, mode {image.mode}")
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many types
+        raise vit.InputError(f"{path}: unreadable image ({error!r:.200})") from None
 
 
 def open_data(args, train):
-    """One split: `data[i] -> (uint8 tensor (3, H, W), label)`, with `targets`, `classes`, `split`."""
-    root = Path(args.data)
+    """A split: `data[i] -> (uint8 (3, H, W), label)`, with `targets` and `classes`."""
+    source = args.data
     if args.data == "toy":
         data = vit.ToyShapes(train, args.img_size)
     elif args.data in NAMED:
-        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
-        dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # once a node, both splits
-            dataset(args.root, train, download=True)
-        if args.download and train and WORLD > 1:
-            dist.barrier()
+        dataset = getattr(torchvision.datasets, NAMED[args.data])
         try:
+            if args.download and LOCAL_RANK == 0:
+                dataset(args.root, train, download=True)
+            if args.download and WORLD > 1:
+                dist.barrier()
             data = dataset(args.root, train, transform=to_tensor)
-        except RuntimeError:
-            raise UserError(f"--data {args.data}: not in --root {args.root}; --download fetches it") from None
-    elif not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, nor one of: {' '.join(NAMED)}")
+        except (OSError, RuntimeError) as error:
+            raise vit.InputError(f"--data {args.data}: {error}") from None
     else:
-        tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-        if not train and not tests:    # training images also serve for evaluation
-            return open_data(args, train=True)
-        split = root / "train" if tests or (root / "train").is_dir() else root
-        data = Folder(str(split if train else tests[0]))
+        root = Path(args.data)
+        held_out = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
+        if held_out and not train:
+            root = held_out[0]
+        elif held_out or (root / "train").is_dir():  # train/ alone serves for both splits
+            root = root / "train"
+        data = Folder(root)
+        source = f"{root}, {data.skipped:,} other files skipped"
     if train and (args.fraction < 1 or args.long_tail):
-        whole, targets = data, np.array(data.targets)
-        data = Subset(whole, subset(targets, args))
-        data.targets, data.classes = targets[data.indices], whole.classes
-    data.split = "training" if train else "validation"
+        targets, classes = np.array(data.targets), data.classes
+        data = Subset(data, subset(targets, args))
+        data.targets, data.classes = targets[data.indices], classes
+    split = "training" if train else "validation"
+    print(f"{split}: {len(data):,} images of {len(data.classes):,} classes from {source}")
     return data
 
 
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1
     shares = np.maximum(pareto / pareto[0], 5 / 1280) if args.long_tail else np.ones(len(classes))
-    members = [rng.permutation(np.flatnonzero(targets == label)) for label in classes]
-    counts = [max(1, round(args.fraction * share * len(m))) for share, m in zip(shares, members)]
-    return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
+    chosen = []
+    for label, part in zip(classes, args.fraction * shares):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        chosen.append(members[:max(1, round(part * len(members)))])
+    return np.sort(np.concatenate(chosen))
 
 
 def center_crop(image, size):
-    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, bicubic, center crop."""
+    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, center crop."""
     if image.shape[1:] != (size, size):
-        image = v2.functional.resize(image, round(size * 256 / 224), v2.InterpolationMode.BICUBIC)
+        image = v2.functional.resize(image, round(size * 256 / 224), BICUBIC)
     return v2.functional.center_crop(image, size)
 
 
-class Stream(Dataset):
-    """Endless samples of n images: sample v is `make(i)`, i = permutation(seed, v // n)[v % n].
-
-    All that is random about it comes from (seed, v). Step s is samples [s B, (s + 1) B), every R-th of
-    them for a rank of R. So resuming, workers, ranks and accumulation change nothing.
-    """
-
-    def __init__(self, n, seed, make):
-        self.n, self.seed, self.make, self.epoch = n, seed, make, None
-
-    def __getitem__(self, v):
-        if v // self.n != self.epoch:
-            self.epoch = v // self.n
-            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
-        torch.default_generator.manual_seed(int(seed))    # uses 32 bits
-        return self.make(self.order[v % self.n])
+@functools.lru_cache(maxsize=1)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n).astype(np.int32)
 
 
-def load(stream, step, end, args):
-    """This rank's batches from `step` to `end`, --accum a step; workers are at most two ahead."""
-    batch = args.batch_size // getattr(args, "crops_per_image", 1)
-    batches = (list(range(s * batch + RANK, (s + 1) * batch, WORLD)[part::args.accum])
-               for s in range(step, end) for part in range(args.accum))
-    cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = 0 if args.data in NAMED and not cuda else workers    # 0: images in memory
-    return iter(DataLoader(stream, batch_sampler=batches, pin_memory=cuda, worker_init_fn=ignore_signals,
-                           num_workers=workers if args.workers is None else args.workers))
+def shuffled(v, n, seed):
+    """The image of sample v. Seeds torch, too: all drawn after it follows from (seed, v)."""
+    number = np.random.SeedSequence((seed, v)).generate_state(1)[0]
+    torch.default_generator.manual_seed(int(number))
+    return permutation(n, seed, v // n)[v % n]
 
 
-def ignore_signals(_):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ======================================== plumbing, training: ranks, checkpoints, log
-
-TRAINING = {  # argument: default; meaning; allowed values
-    "resume": (False, "continue the run in --out exactly"),
-    "accum": (1, "micro-batches in an update, to save memory", 1, 10 ** 6),
-    "clip_grad": (None, "largest norm of the gradient", 1e-9, 1e9),
-    "amp": (None, "mixed precision (default: bf16 or fp16 on a GPU)", "bf16", "fp16", "off"),
-    "compile": (False, "torch.compile: a slow first step, then faster ones"),
-    "log_every": (10, "steps between lines of the log", 1, 10 ** 9),
-    "save_minutes": (5.0, "minutes between checkpoints and figures", 0, 10 ** 9),
-    "max_steps": (None, "stop after this many steps, the schedule unchanged", 1, 10 ** 9),
-}
-FREE = {*TRAINING, *COMMON, "out", "init", "teacher"} - {"clip_grad", "amp", "fraction", "long_tail", "seed"}
-
-
-def setup(args):
-    """Prints the settings, joins the other ranks; returns the device and a set that signals fill."""
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def setup(args, crops=1):
+    """Joins the other ranks, prints the settings, returns the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise vit.InputError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        args.amp = args.amp or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = args.amp or ("bf16" if bf16 else "fp16")
     args.amp = args.amp or "off"
-    args.resume = args.resume and (args.out / "last.pt").exists()
-    batch, parts = args.batch_size, WORLD * args.accum * getattr(args, "crops_per_image", 1)
-    if batch % parts:
-        raise UserError(f"--batch-size {batch}: must be a multiple of {parts}, ranks x accum x crops")
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if WORLD > 1:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    B = args.batch_size
+    parts = WORLD * args.accum * crops
+    if B % parts:
+        raise vit.InputError(f"--batch-size {B}: not a multiple of {parts}, ranks x accum x crops")
+    if args.warmup_epochs >= args.epochs or args.seed < 0:
+        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} or --seed is out of range")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    print("settings:", ", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"batch: {WORLD} ranks x {batch // WORLD // args.accum} images x {args.accum} accum = {batch};",
-          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}")
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = set()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:    # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: stop.add(number))
-    return device, stop
+    print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()])
+    print(f"batch {B} = {WORLD} ranks x {args.accum} accum x {B // (WORLD * args.accum)} images;",
+          f"lr {args.base_lr * B / 256:g} = {args.base_lr:g} x {B} / 256")
+    return device
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
     """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
     if step < warmup:
         return lr * step / warmup
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    progress = (step - warmup) / (steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def start(args, data, **parts):
-    """Fills `parts` from last.pt, read by rank 0, and returns its step. A new run makes --out: 0."""
-    images, path = getattr(data, "dataset", data), args.out / "last.pt"
-    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", [])) or args.data
-    args.images = f"{len(data)} {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
-    shared = [None, args.images]
-    if args.resume and RANK == 0:
-        try:
-            shared[0] = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(shared[0]["config"])
-        except Exception as error:    # many types
-            raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
-        for name in config | vars(args):
-            if name not in FREE and config.get(name) != vars(args).get(name):
-                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {vars(args).get(name)}")
-        (args.out / "log.jsonl").write_text(shared[0]["log"])
-    if WORLD > 1:
-        dist.barrier()    # every rank has read --init, which may lie in --out
-        dist.broadcast_object_list(shared)
-    if shared[1] != args.images:
-        raise UserError(f"--data {args.data}: rank {RANK} has other images than rank 0")
-    if shared[0]:
+    """Claims --out, or fills `parts` from the run in it. Returns its steps."""
+    args.images = len(data)
+    if args.batch_size > args.images:
+        raise vit.InputError(f"--batch-size {args.batch_size}: only {len(data)} images, give less")
+    path = args.out / "last.pt"
+    checkpoint = {"step": 0, "log": ""}
+    if args.resume and path.exists():
+        checkpoint = vit.open_checkpoint(path)
+        now = vars(args)
+        changed = [f"--{name.replace('_', '-')} was {value}, now {now.get(name)}"
+                   for name, value in checkpoint["config"].items()
+                   if name not in MAY_CHANGE and value != now.get(name)]
+        if changed:
+            raise vit.InputError(f"{path}: {'; '.join(changed)}")
         for name, part in parts.items():
-            part.load_state_dict(shared[0][name])
-        return shared[0]["step"]
+            part.load_state_dict(checkpoint[name])
+    ranks = [(checkpoint["step"], args.images)] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, ranks[0])
+    if len(set(ranks)) > 1:
+        raise vit.InputError(f"ranks differ in (step, images): {ranks}")
     if RANK == 0:
-        out = args.out.absolute()
-        if (out / "config.json").exists() or path.exists():
-            free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
-            old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} already contains a run: renamed to {old}")
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"new run in {out}")
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
-    return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(args.out / "config.json", "w" if args.resume else "x") as file:
+                json.dump(vars(args), file, indent=1, default=str)
+        except FileExistsError:
+            raise vit.InputError(f"{args.out} holds a run: --resume, or another --out") from None
+        (args.out / "log.jsonl").write_text(checkpoint["log"])  # drops later lines
+    return checkpoint["step"]
 
 
 def save(args, name, step, **parts):
-    """Writes a temporary file, flushes it to disk, renames it: never half a checkpoint."""
-    path, temporary = args.out / name, args.out / f"{name}.tmp"
+    """Writes a checkpoint beside the old one, then renames it."""
     state = {part: module.state_dict() for part, module in parts.items()}
-    state.update(step=step, config={**vars(args), "out": str(args.out)})
-    state["log"] = (args.out / "log.jsonl").read_text()
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise UserError(f"step {step}: a weight is not finite; {path} is unchanged")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is unchanged") from None
+        raise vit.InputError(f"step {step}: a weight is not finite, {name} is unchanged")
+    config = {**vars(args), "out": str(args.out)}
+    state.update(step=step, config=config, log=(args.out / "log.jsonl").read_text())
+    torch.save(state, args.out / "saving.tmp")
+    os.replace(args.out / "saving.tmp", args.out / name)
 
 
 class Log:
-    """Keeps the scalars of the last steps, on the device, until `write` logs their means."""
+    """Sums scalars on the device; `write` prints and files their means over steps and ranks."""
 
-    def __init__(self, args, step, steps):
-        self.args, self.window, self.waited, self.since = args, [], 0.0, time.time()
-        self.bar = tqdm(total=steps, initial=step, disable=RANK > 0 or not sys.stderr.isatty())
+    def __init__(self, args, scaler):
+        self.args = args
+        self.scaler = scaler
+        self.clear()
 
-    def next(self, batches):
-        """The next batch; its time counts as waiting for data."""
+    def clear(self):
+        self.sums = {}
+        self.parts = 0
+        self.waited = 0.0
+        self.since = time.time()
+
+    def timed(self, batches):  # the time that they take to come is logged as data_wait
         began = time.time()
-        batch = next(batches)
-        self.waited += time.time() - began
-        return batch
+        for batch in batches:
+            self.waited += time.time() - began
+            yield batch
+            began = time.time()
 
-    def write(self, step, stop, **entry):
-        """Logs means over steps and ranks; returns whether any rank is to stop. UserError."""
-        table = torch.stack([torch.stack(list(scalars.values())) for scalars in self.window]).float()
-        stopping = table.new_tensor(bool(stop))
+    def add(self, **scalars):  # tensors of a micro-batch, on the device
+        for name, scalar in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + scalar.detach()
+        self.parts += 1
+
+    def write(self, step, **entry):
+        """Adds a line to log.jsonl, or raises InputError, on all ranks, if it is not finite."""
+        means = torch.stack(list(self.sums.values())).float() / self.parts / WORLD
         if WORLD > 1:
-            dist.all_reduce(stopping)
-            dist.all_reduce(table)
-        table = table.cpu() / WORLD    # (steps, scalars), grad_norm last
-        required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
-        bad = (~required.isfinite().all(dim=1)).tolist()
-        if any(bad):
-            raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
-                            "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
-        speed = len(table) * self.args.batch_size / seconds
-        entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
-        entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}
+            dist.all_reduce(means)
+        entry = {"step": step, **dict(zip(self.sums, means.tolist())), **entry}
+        if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
+            del entry["grad_norm"]  # fp16 skipped this step
+        if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
+                                 "--clip-grad 1, a lower --base-lr")
+        seconds = time.time() - self.since
+        images = self.args.batch_size * self.parts / self.args.accum
+        entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}
+        tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in entry.items()))
         if RANK == 0:
-            with (self.args.out / "log.jsonl").open("a") as file:
+            with open(self.args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.bar.update(step - self.bar.n)
-            tqdm.write("  ".join(f"{name} {value:g}" for name, value in entry.items()))
-        self.window, self.waited, self.since = [], 0.0, time.time()
-        return stopping.item() > 0
+        self.clear()
 
-
-# ======================================== the end of the plumbing
 
 if __name__ == "__main__":
-    run(main)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except vit.InputError as error:  # a worker's has its traceback in front
+        print("error:", str(error).rpartition("InputError: ")[2].strip(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: --resume continues", file=sys.stderr)
+        sys.exit(130)

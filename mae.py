@@ -219,7 +219,7 @@ def train(args):
             images, noise = next(batches)
             images = images.to(device, non_blocking=True).flatten(0, 1)  # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)  # (B, L)
-            # Ranks synchronize their gradients on the last micro-batch only.
+            # Ranks synchronize gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 loss, _, _ = network((images - mean) / std, args.mask_ratio, noise)
@@ -249,18 +249,19 @@ def draw_reconstructions(args, model, examples, mean, std):
     noise = torch.rand(original.shape[:2], generator=torch.Generator().manual_seed(0))
     _, pred, mask = model.forward(images, args.mask_ratio, noise.to(mean.device))  # not compiled
     mask = mask[:, :, None]
-    if args.norm_pix_loss:  # undo it with the original patch's mean and deviation
-        deviation = (original.var(-1, keepdim=True) + 1e-6).sqrt()
-        pred = pred * deviation + original.mean(-1, keepdim=True)
+    mean_color = original.mean(-1, keepdim=True)
+    if args.norm_pix_loss:  # undo it: mean and deviation are given
+        pred = pred * (original.var(-1, keepdim=True) + 1e-6).sqrt() + mean_color
     visible = original * (1 - mask)
-    rows = torch.cat([original, visible, pred, visible + pred * mask])
+    given = mean_color.expand_as(pred)
+    rows = torch.cat([original, visible, given, pred, visible + pred * mask])
     pixels = (unpatchify(rows, args.patch_size) * std + mean).clamp(0, 255).byte().cpu()
     grid = torchvision.utils.make_grid(pixels, nrow=len(images), pad_value=255)
-    axis = Figure((10, 5), layout="tight").subplots(subplot_kw={"xticks": []})
+    axis = Figure((10, 6), layout="tight").subplots(subplot_kw={"xticks": []})
     axis.set_title(f"MAE on {args.data}")
     axis.imshow(grid.permute(1, 2, 0).numpy())
     centers = range(args.img_size // 2, grid.shape[1], args.img_size + 2)
-    axis.set_yticks(centers, ["original", "visible", "output", "output +\nvisible"])
+    axis.set_yticks(centers, ["original", "visible", "means", "output", "output +\nvisible"])
     axis.figure.savefig(args.out / "reconstruction.png")
 
 
@@ -273,7 +274,7 @@ def main(argv=None):
     train(args)
 
 
-# ==================== plumbing: the same text in all scripts; skip it on a first reading
+# ==================== plumbing: the same in all scripts; skip it at first
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -305,7 +306,7 @@ def parse(argv, settings, presets, out, recipes=None):
     add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
     add("--seed", type=int, default=0, help="of weights, order, crops, masks")
     add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision; if not given, bf16 or fp16 on a GPU")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between log lines")
@@ -424,7 +425,7 @@ def open_data(args, train):
 
 
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1

@@ -176,7 +176,7 @@ def train(args):
             images, noise = next(batches)
             images = images.to(device, non_blocking=True).flatten(0, 1)  # (B, 3, S, S), uint8
             noise = noise.to(device, non_blocking=True).flatten(0, 1)  # (B, L)
-            # Ranks synchronize their gradients on the last micro-batch only.
+            # Ranks synchronize gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 loss, _, _ = network((images - mean) / std, args.mask_ratio, noise)
@@ -229,7 +229,7 @@ def main(argv=None):
     train(args)
 
 
-# ==================== plumbing: the same text in all scripts; skip it on a first reading
+# ==================== plumbing: the same in all scripts; skip it at first
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -261,7 +261,7 @@ def parse(argv, settings, presets, out, recipes=None):
     add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
     add("--seed", type=int, default=0, help="of weights, order, crops, masks")
     add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision; if not given, bf16 or fp16 on a GPU")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between log lines")
@@ -380,7 +380,7 @@ def open_data(args, train):
 
 
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1

@@ -31,28 +31,31 @@ def golden_features():
     features2 = []
     for j in range(4):
         W = rng.standard_normal((8, 6))
-        features2.append([features1[min(j, 2)][b] @ W + 0.5 * rng.standard_normal((16, 5, 6)) for b in range(2)])
-    return [[[torch.from_numpy(layer[b]) for layer in model] for model in (features1, features2)] for b in range(2)]
+        features2.append([features1[min(j, 2)][b] @ W + 0.5 * rng.standard_normal((16, 5, 6))
+                          for b in range(2)])
+    return [[[torch.from_numpy(layer[b]) for layer in model] for model in (features1, features2)]
+            for b in range(2)]
 
 
 def test_fig1_cka_is_the_published_one():
     agrees(cka_of(golden_features()), GOLDENS["8_cka"]["mae_lite_cka_3x4"])
 
 
-def test_fig1_cka_averages_the_hsic_of_song_et_al_over_mini_batches_of_any_size():
+def test_fig1_cka_averages_the_hsic_of_song_et_al_over_mini_batches():
     def hsic(x, y):
         n, one = len(x), torch.ones(len(x), dtype=torch.float64)
         K, L = ((z @ z.T).fill_diagonal_(0) for z in (x, y))
         middle = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
         return ((K @ L).trace() + middle - 2 / (n - 2) * (one @ K @ L @ one)) / (n * (n - 3))
 
-    batches = [(normal(n, 5, seed=n), normal(n, 5, seed=n) ** 2 + normal(n, 5, seed=n + 50)) for n in (5, 9, 30)]
+    batches = [(normal(n, 5, seed=n), normal(n, 5, seed=n) ** 2 + normal(n, 5, seed=n + 50))
+               for n in (5, 9, 30)]
     KL, KK, LL = (sum(hsic(*pair) for pair in pairs) for pairs in (
         batches, [(x, x) for x, _ in batches], [(y, y) for _, y in batches]))
     agrees(cka_of([([x], [y]) for x, y in batches]), [[(KL / (KK * LL).sqrt()).item()]], 1e-9)
 
 
-def test_fig1_cka_of_a_layer_with_itself_is_one_and_ignores_rotation_scale_and_shift():
+def test_fig1_cka_ignores_rotation_scale_and_shift():
     x, y = normal(32, 10), normal(32, 10, seed=1)
     rotation, _ = torch.linalg.qr(normal(10, 10, seed=2))
     agrees(cka_of([([x, y], [x, y])]).diagonal(), [1.0, 1.0], 1e-12)
@@ -74,18 +77,17 @@ def test_fig1_cka_of_small_mini_batches_estimates_what_one_full_batch_does():
 
 def test_fig1_cka_features_are_the_published_ones():
     model, golden = fill(vit.VisionTransformer(**SIZES, num_classes=10)), GOLDENS["2_attention"]
-    _, extras = model.encode(model.embed(images()), hidden=True)
-    features = analysis.cka_features(model, extras.hidden)
+    features = analysis.cka_features(model, model.states(model.embed(images())))
     for x, expected in zip(features, golden["rep_catcher_features"], strict=True):
         agrees(x, expected)
-    model = vit.VisionTransformer(**SIZES, global_pool="token")        # its final norm is another one
+    model = vit.VisionTransformer(**SIZES, global_pool="token")    # its final norm is another
     torch.nn.init.constant_(model.norm.weight, 2)
     x = torch.randn(2, 17, 48)
     assert torch.equal(analysis.cka_features(model, [x] * 4)[-1], model.norm(x)[:, 1:])
 
 
-def test_fig1_cka_refuses_mini_batches_that_the_estimator_is_not_defined_for():
-    with pytest.raises(analysis.UserError, match="at least 4 images, not 3"):
+def test_fig1_cka_refuses_mini_batches_of_fewer_than_four_images():
+    with pytest.raises(vit.InputError, match="at least 4 images, not 3"):
         cka_of([([normal(3, 5)], [normal(3, 5)])])
 
 
@@ -95,38 +97,45 @@ def golden_scores():
 
 def test_eq1_distance_is_the_published_one_in_pixels():
     golden = GOLDENS["9_attn_stats"]
-    agrees(analysis.attention_distance(golden_scores(), 4, 16), golden["plain_factor16_distance_per_head"])
-    agrees(analysis.attention_distance(golden_scores(), 4, 14), golden["official_mean_distance_per_head"])
+    for patch_size, name in ((16, "plain_factor16_distance_per_head"),
+                             (14, "official_mean_distance_per_head")):
+        agrees(analysis.attention_distance(golden_scores(), 4, patch_size), golden[name])
 
 
-def test_eq1_distance_of_uniform_attention_is_the_mean_distance_between_patches():
+def test_eq1_distance_of_uniform_attention_is_the_mean_between_patches():
     places = list(itertools.product(range(6), repeat=2))
     expected = 16 * sum(math.dist(p, q) for p in places for q in places) / len(places) ** 2
     scores = torch.full((5, 3, 37, 37), 1.7, dtype=torch.float64)
     agrees(analysis.attention_distance(scores, 6, 16), [expected] * 3, 1e-12)
 
 
-def test_eq1_distance_and_eq2_entropy_are_zero_for_heads_that_look_at_their_own_patch():
+def test_eq1_distance_and_eq2_entropy_are_zero_if_patches_see_themselves():
     scores = torch.full((1, 1, 17, 17), -1e4).masked_fill(torch.eye(17, dtype=bool), 1e4)
-    assert analysis.attention_distance(scores, 4, 16).item() == analysis.attention_entropy(scores).item() == 0
-    scores = scores[:, :, [0, *(q + 1 if q % 2 else q - 1 for q in range(1, 17))]]    # at the next in the row
+    assert analysis.attention_distance(scores, 4, 16).item() == 0
+    assert analysis.attention_entropy(scores).item() == 0
+    neighbors = [q + 1 if q % 2 else q - 1 for q in range(1, 17)]    # the next in the row
+    scores = scores[:, :, [0, *neighbors]]
     assert analysis.attention_distance(scores, 4, 16).item() == 16
 
 
 def test_eq2_entropy_is_the_published_one_in_nats():
-    agrees(analysis.attention_entropy(golden_scores()), GOLDENS["9_attn_stats"]["plain_no_eps_entropy_per_head"])
+    golden = GOLDENS["9_attn_stats"]["plain_no_eps_entropy_per_head"]
+    agrees(analysis.attention_entropy(golden_scores()), golden)
 
 
 def test_eq2_entropy_of_uniform_attention_is_log_L():
-    agrees(analysis.attention_entropy(torch.zeros(5, 3, 26, 26).double()), [math.log(25)] * 3, 1e-12)
+    scores = torch.zeros(5, 3, 26, 26).double()
+    agrees(analysis.attention_entropy(scores), [math.log(25)] * 3, 1e-12)
 
 
-def test_fig5_measure_gives_the_published_distances_and_entropies_of_a_network():
+def test_fig5_measure_gives_the_published_distances_and_entropies():
     model, golden = fill(vit.VisionTransformer(**SIZES)), GOLDENS["2_attention"]
     for batches in ([images()], images().split(2)):
-        found = torch.from_numpy(analysis.measure({"a": model}, batches, ["attention"])["attention"]["a"])
+        results = analysis.measure({"a": model}, batches, ["attention"])
+        found = torch.from_numpy(results["attention"]["a"])
         agrees(found[:, 0] * 14 / 8, golden["analyzer_mean_distance_layer_by_head_factor14"])
-        agrees(found[:, 1], golden["analyzer_mean_entropy_layer_by_head"], 2e-5)    # theirs adds 1e-6 in the log
+        golden_entropy = golden["analyzer_mean_entropy_layer_by_head"]
+        agrees(found[:, 1], golden_entropy, 2e-5)    # theirs adds 1e-6 in the log
 
 
 @pytest.mark.parametrize("name, shape, grid", [
@@ -144,7 +153,7 @@ def test_fig3_a_wave_is_at_its_own_frequency_and_a_checkerboard_at_pi():
     for k in range(5):
         wave = torch.cos(2 * math.pi * k * (row + column) / 8).reshape(1, 64, 1)
         assert analysis.fourier_log_amplitude(wave.double(), 8).argmax() == k
-    with pytest.raises(analysis.UserError, match="no frequency pi"):
+    with pytest.raises(vit.InputError, match="no frequency pi"):
         analysis.fourier_log_amplitude(torch.zeros(1, 9, 1), 3)
 
 
@@ -152,12 +161,13 @@ def test_fig3_a_wave_is_at_its_own_frequency_and_a_checkerboard_at_pi():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Networks of 16 px (a, b), of 12 px in 3 x 3 patches, and an image classifier that is no ViT."""
+    """Networks of 16 px (a, b), of 12 px in 3 x 3 patches, and a classifier that is no ViT."""
     root = tmp_path_factory.mktemp("models")
     for seed, (name, size) in enumerate({"a": 16, "b": 16, "odd": 12}.items()):
         torch.manual_seed(100 + seed)
         model = vit.VisionTransformer(size, 4, embed_dim=24, depth=2, global_pool="token")
-        torch.save({"model": {f"encoder.{key}": v for key, v in model.state_dict().items()}}, root / f"{name}.pt")
+        state = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items()}
+        torch.save({"model": state}, root / f"{name}.pt")
     torch.save({"model": {"conv.weight": torch.zeros(3)}}, root / "convnet.pt")
     return root
 
@@ -171,13 +181,17 @@ def test_all_writes_each_figure_and_its_numbers(checkpoints, tmp_path):
     settings = "--images", 40, "--batch-size", 16, "--out", tmp_path
     said = run("analysis.py", "all", f"a={a}", f"b:6={b}", "random", *settings)
     assert "32 validation images of toy" in said and "b.pt, 6 heads" in said
-    assert {path.name for path in tmp_path.glob("*.png")} == {"cka.png", "fourier.png", "attention.png"}
-    cka, attention = numbers(tmp_path, "cka"), numbers(tmp_path, "attention")["attention"]
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {"cka.png", "fourier.png", "attention.png"}
+    cka = numbers(tmp_path, "cka")
+    attention = numbers(tmp_path, "attention")["attention"]
     assert cka["about"] == "32 validation images of toy" and cka["models"][2] == "random"
-    assert {a: list(row) for a, row in cka["cka"].items()} == {"a": ["a"], "b": ["b", "a"], "random": ["random", "a"]}
+    compared = {a: list(row) for a, row in cka["cka"].items()}
+    assert compared == {"a": ["a"], "b": ["b", "a"], "random": ["random", "a"]}
     assert np.diagonal(cka["cka"]["random"]["random"]) == pytest.approx(1)
     assert np.shape(cka["cka"]["b"]["a"]) == (3, 3) and np.diagonal(cka["cka"]["b"]["a"]).max() < 1
-    assert [np.shape(attention[label]) for label in ("a", "b", "random")] == [(2, 2, 12), (2, 2, 6), (2, 2, 12)]
+    shapes = [np.shape(attention[label]) for label in ("a", "b", "random")]
+    assert shapes == [(2, 2, 12), (2, 2, 6), (2, 2, 12)]
     fourier = numbers(tmp_path, "fourier")["fourier"]
     assert np.shape(fourier["a"]) == (3, 3) and not np.array(fourier["a"])[:, 0].any()
 
@@ -192,37 +206,90 @@ def test_random_is_an_untrained_twin_of_the_first_model(checkpoints):
     assert trained.shape == weights[0].shape and not torch.equal(trained, weights[0])
 
 
-def test_a_folder_of_photographs_is_seen_at_the_size_of_the_model(checkpoints, image_folder, tmp_path):
-    settings = "--data", image_folder, "--batch-size", 6, "--workers", 0, "--out", tmp_path
+def test_any_model_can_be_the_reference_of_cka(checkpoints, tmp_path):
+    words = [f"a={checkpoints / 'a.pt'}", f"b={checkpoints / 'b.pt'}", "random"]
+    settings = "--images", 16, "--batch-size", 8
+    call(analysis, "cka", *words, *settings, "--out", tmp_path / "first")
+    call(analysis, "--reference", "b", *settings, "--out", tmp_path / "b", "cka", *words)
+    first, by_b = [numbers(tmp_path / name, "cka")["cka"] for name in ("first", "b")]
+    compared = {a: list(row) for a, row in by_b.items()}
+    assert compared == {"a": ["a", "b"], "b": ["b"], "random": ["random", "b"]}
+    assert np.transpose(by_b["a"]["b"]) == pytest.approx(np.array(first["b"]["a"]))
+    figure = analysis.draw_cka(by_b)
+    labels = [(axis.get_ylabel(), axis.get_xlabel()) for axis in figure.axes]
+    assert labels[:2] == [("layer of a", "layer of a"), ("layer of a", "layer of b")]
+
+
+def test_measure_does_what_is_asked_for_only(checkpoints):
+    models = analysis.open_models([f"odd={checkpoints / 'odd.pt'}"], seed=0)
+    batch = torch.randn(2, 3, 12, 12)    # too few for CKA, an odd grid for Fourier
+    results = analysis.measure(models, [batch], ["attention"])
+    assert results["attention"]["odd"].shape == (2, 2, 12)
+    with pytest.raises(vit.InputError, match="at least 4 images"):
+        analysis.measure(models, [batch], ["cka"])
+
+
+def test_fig5_dots_are_heads_and_the_line_is_their_mean():
+    statistics = np.arange(12.0).reshape(3, 2, 2) ** 2    # 3 layers; distance, entropy; 2 heads
+    figure = analysis.draw_attention({"a": statistics, "b": statistics + 1})
+    for k, axis in enumerate(figure.axes):
+        mean, *heads = axis.lines[:3]
+        assert mean.get_label() == "a"
+        assert mean.get_xdata().tolist() == [1, 2, 3]
+        assert mean.get_ydata().tolist() == statistics[:, k].mean(axis=1).tolist()
+        assert [line.get_ydata().tolist() for line in heads] == statistics[:, k].T.tolist()
+        assert {line.get_color() for line in heads} == {mean.get_color()}
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels == ["distance in pixels", "entropy in nats"]
+
+
+def test_photographs_are_seen_at_the_size_of_the_model(checkpoints, image_folder, tmp_path):
+    settings = "--data", image_folder, "--batch-size", 6, "--out", tmp_path
     call(analysis, "cka", f"a={checkpoints / 'a.pt'}", "random", *settings)
     assert numbers(tmp_path, "cka")["about"] == f"18 validation images of {image_folder.name}"
     assert np.isfinite(numbers(tmp_path, "cka")["cka"]["random"]["a"]).all()
 
 
-def test_curves_show_every_scalar_of_every_run(tmp_path):
-    for run_name, extra in (("mae", {}), ("distill", {"attention_loss": 0.5})):
-        (tmp_path / run_name).mkdir()
-        entries = [{"step": s, "loss": 1 / s, **extra, "lr": 0.1, "epoch": s / 2, "images_per_s": 9} for s in (1, 2)]
-        (tmp_path / run_name / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    folders = [str(tmp_path / "mae"), str(tmp_path / "distill")]
-    figure = analysis.draw_curves(folders)
-    assert [axis.get_ylabel() for axis in figure.axes] == ["attention_loss", "loss"]
-    lines = [line for line in figure.axes[1].lines if line.get_label() in folders]
+def write_log(folder, settings, **scalars):
+    """A training run of two steps, of a script that has these settings."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    entries = [{"step": step, "loss": 1 / step, **scalars, "lr": 0.1, "epoch": step / 2,
+                "images_per_s": 9} for step in (1, 2)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(folder)
+
+
+def test_curves_show_every_scalar_of_every_script(tmp_path, capsys):
+    first = write_log(tmp_path / "mae", {"mask_ratio": 0.75, "seed": 0})
+    second = write_log(tmp_path / "mae-1", {"mask_ratio": 0.5, "seed": 1})
+    other = write_log(tmp_path / "distill", {"teacher": "T", "mask_ratio": 0.75}, attention_loss=1)
+    figure = analysis.draw_curves([first, other, second])
+    panels = [(axis.get_ylabel(), [line.get_label() for line in axis.lines])
+              for axis in figure.axes]
+    assert sorted(panels) == [("attention_loss", [other]), ("loss", [other]),
+                              ("loss", [first, second])]
+    lines = [axis for axis in figure.axes if len(axis.lines) == 2][0].lines
     assert [line.get_xydata().tolist() for line in lines] == [[[0.5, 1], [1, 0.5]]] * 2
     assert lines[0].get_color() != lines[1].get_color()
-    call(analysis, "curves", *folders, "--out", tmp_path)
+    (tmp_path / "mae" / "config.json").unlink()    # the log is enough
+    call(analysis, "curves", first, other, "--out", tmp_path)
     assert (tmp_path / "curves.png").exists()
+    assert str(tmp_path / "curves.png") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    ("cka x=convnet.pt", "convnet.pt: holds no Vision Transformer"),
+    ("cka x=convnet.pt", "convnet.pt: no Vision Transformer"),
     ("cka a=a.pt a=b.pt", "each label once"),
     ("cka random a=a.pt", "random: not label=path"),
     ("cka a=a.pt odd=odd.pt", "different sizes, in pixels: [12, 16]"),
     ("fourier odd=odd.pt --images 4", "3 x 3 patches: an odd number has no frequency pi"),
-    ("cka a=a.pt --batch-size 3", "--batch-size 3"),
-    ("maps a=a.pt", "choose from cka, fourier, attention, all, curves"),
-    ("curves absent", "absent/log.jsonl"),
+    ("cka a=a.pt --batch-size 3", "mini-batches of at least 4 images, not 3"),
+    ("cka a=a.pt --images 0", "--images: invalid count value: '0'"),
+    ("cka a=a.pt --reference b", "--reference b: not one of a"),
+    ("cka a:x=a.pt", "a:x=a.pt: not label=path"),
+    ("maps a=a.pt", "invalid choice: 'maps' (choose from"),
+    ("curves absent", "absent/log.jsonl: no such file"),
 ])
 def test_bad_input_gets_one_line(checkpoints, monkeypatch, capsys, arguments, complaint):
     monkeypatch.chdir(checkpoints)

@@ -1,13 +1,10 @@
-"""distill.py: attention distillation (Sec. 5) against published numbers, and what sets it apart from mae.py."""
-import os
-import signal
-import subprocess
-import sys
-import time
+"""distill.py: attention distillation (Sec. 5), and what sets it apart from mae.py."""
+import argparse
 
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, SIZES, TEACHER, agrees, call, fill, images, log_of, noise, refused, run, value
+from conftest import (
+    GOLDENS, SIZES, TEACHER, agrees, call, fill, images, log_of, noise, refused, run, value)
 
 import distill
 import mae
@@ -18,10 +15,11 @@ GOLDEN = GOLDENS["4_distill"]
 
 def pair(blocks=(2,)):
     """The golden student, with a head map per distilled block, and teacher."""
-    student = distill.MaskedAutoencoder(vit.VisionTransformer(**SIZES), 24, 1, 3, blocks=blocks, teacher_heads=4)
+    student = distill.MaskedAutoencoder(
+        vit.VisionTransformer(**SIZES), 24, 1, 3, blocks=blocks, teacher_heads=4)
     fill(student, rename=lambda name: name.removeprefix("encoder."))
     for head_map in student.head_maps:
-        head_map.data = value("attn_adapter", (4, 6, 1, 1)).flatten(1)
+        head_map.weight.data = value("attn_adapter", (4, 6, 1, 1)).flatten(1)
     teacher = fill(vit.VisionTransformer(**TEACHER, global_pool="token"), prefix="teacher.")
     return student, distill.Teacher(teacher, list(blocks))
 
@@ -33,11 +31,12 @@ def losses(student, teacher, x=None):
 
 
 def scores():
-    """Scores of the golden student and teacher on the visible patches, `(4, 6, 5, 5)` and `(4, 4, 5, 5)`."""
+    """Scores on the visible patches: of the student `(4, 6, 5, 5)`, the teacher `(4, 4, 5, 5)`."""
     student, teacher = pair()
     kept, _, _ = distill.random_masking(student.encoder.embed(images()), 0.75, noise(4, 16))
-    _, extras = student.encoder.encode(kept, attention=(2,))
-    return extras.attention[2], teacher(images(), 0.75, noise(4, 16))[0]
+    states = list(student.encoder.states(kept))
+    block = student.encoder.blocks[2]
+    return block.attn.scores(block.norm1(states[2])), teacher(images(), 0.75, noise(4, 16))[0]
 
 
 # ------------------------------------------------------------ Eq. 3
@@ -49,8 +48,9 @@ def test_eq3_losses_and_gradients_are_the_published_ones():
     agrees(loss, GOLDEN["L_mae"])
     agrees(attention_loss, GOLDEN["L_attn"])
     agrees(loss + attention_loss, GOLDEN["total"])
-    norms = {name.removeprefix("encoder."): p.grad.norm() for name, p in student.named_parameters() if p.requires_grad}
-    norms["attn_adapter.adapter2.weight"] = norms.pop("head_maps.0")
+    norms = {name.removeprefix("encoder."): p.grad.norm()
+             for name, p in student.named_parameters() if p.requires_grad}
+    norms["attn_adapter.adapter2.weight"] = norms.pop("head_maps.0.weight")
     assert norms.keys() == GOLDEN["grad_norms"].keys()
     for name, norm in GOLDEN["grad_norms"].items():
         agrees(norms[name], norm)
@@ -62,7 +62,8 @@ def test_eq3_scores_are_pre_softmax_scaled_and_with_the_class_token():
     agrees(student, GOLDEN["student_scores"])
     agrees(teacher, GOLDEN["teacher_scores"])
     head_map = value("attn_adapter", (4, 6, 1, 1))
-    agrees(torch.einsum("ts,bsij->btij", head_map.flatten(1), student), GOLDEN["adapted_student_scores"])
+    mapped = torch.einsum("ts,bsij->btij", head_map.flatten(1), student)
+    agrees(mapped, GOLDEN["adapted_student_scores"])
     agrees(distill.attention_distillation_loss(student, teacher, head_map), GOLDEN["L_attn"])
 
 
@@ -75,17 +76,20 @@ def test_eq3_is_none_of_its_wrong_readings():
         "softmax_then_adapter": loss(student.softmax(-1), teacher.softmax(-1), head_map),
         "adapter_then_softmax": ((mapped.softmax(-1) - teacher.softmax(-1)) ** 2).mean(),
         "presoftmax_without_scale": loss(student * 8 ** 0.5, teacher * 24 ** 0.5, head_map),
-        "presoftmax_without_cls_row_col": loss(student[..., 1:, 1:], teacher[..., 1:, 1:], head_map)}
+        "presoftmax_without_cls_row_col": loss(
+            student[..., 1:, 1:], teacher[..., 1:, 1:], head_map)}
     for name, number in wrong.items():
         agrees(number, GOLDEN[f"alt_L_attn_{name}"])
         assert abs(number - GOLDEN["L_attn"]) > 0.01
 
 
-def test_eq3_head_map_is_a_matrix_or_a_1x1_convolution():
+def test_eq3_head_map_is_a_matrix_a_linear_layer_or_a_1x1_convolution():
     student, teacher = scores()
     convolution = torch.nn.Conv2d(6, 4, 1, bias=False).double()
     expected = ((convolution(student) - teacher) ** 2).mean()
-    for head_map in (convolution, convolution.weight, convolution.weight[:, :, 0, 0]):
+    linear = torch.nn.Linear(6, 4, bias=False)
+    linear.weight.data = convolution.weight[:, :, 0, 0]
+    for head_map in (linear, linear.weight, convolution, convolution.weight):
         loss = distill.attention_distillation_loss(student, teacher, head_map)
         torch.testing.assert_close(loss, expected)
 
@@ -114,7 +118,8 @@ def test_eq3_teacher_sees_the_visible_patches_only():
     _, _, mask, before = losses(student, teacher)
     changed = mae.unpatchify(mae.patchify(images(), 8) + 3 * mask[:, :, None], 8)
     assert torch.equal(losses(student, teacher, changed)[3], before)
-    assert teacher(images(), 0.75, noise(4, 16))[0].shape == (4, 4, 5, 5)    # 4 of 16 patches, the class token
+    shape = teacher(images(), 0.75, noise(4, 16))[0].shape
+    assert shape == (4, 4, 5, 5)    # 4 of 16 patches, the class token
 
 
 def test_eq3_teacher_is_frozen_and_ends_with_its_last_wanted_block():
@@ -129,12 +134,14 @@ def test_eq3_teacher_is_frozen_and_ends_with_its_last_wanted_block():
 def test_without_a_teacher_it_is_mae():
     student, _ = pair()
     plain = mae.MaskedAutoencoder(vit.VisionTransformer(**SIZES), 24, 1, 3).double()
-    plain.load_state_dict({name: x for name, x in student.state_dict().items() if "head_maps" not in name})
+    plain.load_state_dict(
+        {name: x for name, x in student.state_dict().items() if "head_maps" not in name})
     *outputs, attention_loss = student(images(), 0.75, noise(4, 16))
     for a, b in zip(outputs, plain(images(), 0.75, noise(4, 16)), strict=True):
         assert torch.equal(a, b)
     assert attention_loss == 0
-    assert distill.MaskedAutoencoder(vit.VisionTransformer(**SIZES))(images(dtype=torch.float32))[3] == 0
+    student = distill.MaskedAutoencoder(vit.VisionTransformer(**SIZES))
+    assert student(images(dtype=torch.float32))[3] == 0
 
 
 # ------------------------------------------------------------ the command line
@@ -146,10 +153,11 @@ def save_teacher(path, arch="toy", **sizes):
 
 
 def loaded(path, *arguments):
-    """What `load_teacher` makes of arguments: the teacher's blocks and the student's, both from 0."""
-    settings = {**distill.SETTINGS, **distill.TRAINING}
-    args = distill.parse(["--teacher", str(path), *arguments], settings, "runs/distill")
-    teacher, blocks = distill.load_teacher(args, "cpu")
+    """What `load_teacher` makes of arguments: the teacher's blocks and the student's, from 0."""
+    argv = ["--teacher", str(path), *arguments]
+    args = distill.parse(argv, distill.settings, distill.PRESETS, out="")
+    teacher, heads, blocks = distill.load_teacher(args, "cpu")
+    assert heads == 12
     return teacher.blocks, blocks
 
 
@@ -166,55 +174,99 @@ def test_distill_blocks_count_from_1_and_match_by_relative_depth(tmp_path):
 
 def test_distill_runs_from_the_command_line_and_both_losses_fall(tmp_path):
     teacher = save_teacher(tmp_path / "teacher.pt")
-    text = run("distill.py", "--teacher", teacher, "--fraction", 0.02, "--epochs", 12, "--batch-size", 16,
-               "--warmup-epochs", 1, "--max-steps", 40, "--base-lr", 0.012, "--workers", 0, "--out", tmp_path / "out")
+    text = run("distill.py", "--teacher", teacher, "--fraction", 0.02, "--epochs", 12,
+               "--batch-size", 16, "--warmup-epochs", 1, "--max-steps", 40, "--base-lr", 0.012,
+               "--workers", 0, "--out", tmp_path / "out")
     log = log_of(tmp_path / "out")
-    assert f"teacher {teacher}: a published file" in text and "step 40 of 123" in text
-    assert log[-1]["loss"] < 0.95 * log[0]["loss"] and log[-1]["attention_loss"] < 0.8 * log[0]["attention_loss"]
-    assert (tmp_path / "out" / "reconstruction.png").stat().st_size > 20000
-    report = vit.load_weights(vit.vit_toy(img_size=32, patch_size=4), tmp_path / "out" / "last.pt")
-    assert "head_maps.0" in report.unused and not any("teacher" in name for name in report.unused)
+    assert f"--teacher {teacher}: randomly initialized: nothing" in text
+    assert "step 40 of 123" in text
+    assert log[-1]["loss"] < 0.95 * log[0]["loss"]
+    assert log[-1]["attention_loss"] < 0.8 * log[0]["attention_loss"]
+    assert (tmp_path / "out" / "attention.png").stat().st_size > 20000
+    student = vit.vit_toy(img_size=32, patch_size=4)
+    report = vit.load_weights(student, tmp_path / "out" / "last.pt")
+    assert "head_maps.0.weight" in report.unused
+    assert not any("teacher" in name for name in report.unused)
+
+
+def test_distill_resumes_with_the_teacher_of_the_run(tmp_path, capsys):
+    tiny = "--fraction", 0.01, "--batch-size", 24, "--max-steps", 1, "--out", tmp_path / "out"
+    call(distill, *tiny, "--teacher", save_teacher(tmp_path / "teacher.pt"))
+    call(distill, "--resume", *tiny)
+    assert "step 2 of 20" in capsys.readouterr().out
+    moved = (tmp_path / "teacher.pt").rename(tmp_path / "moved.pt")
+    assert "teacher.pt: not a PyTorch checkpoint" in refused(capsys, distill, "--resume", *tiny)
+    call(distill, "--resume", *tiny, "--teacher", moved)
+    assert "step 3 of 20" in capsys.readouterr().out
+
+
+def test_attention_weight_scales_the_attention_loss_only(tmp_path):
+    teacher = save_teacher(tmp_path / "teacher.pt")
+    for weight in (0, 1):
+        call(distill, "--teacher", teacher, "--fraction", 0.01, "--batch-size", 24, "--max-steps",
+             1, "--attn-weight", weight, "--out", tmp_path / str(weight))
+    without, with_teacher = [log_of(tmp_path / weight)[0] for weight in "01"]
+    assert without["loss"] == with_teacher["loss"]
+    assert without["attention_loss"] == with_teacher["attention_loss"]
+    assert without["grad_norm"] < with_teacher["grad_norm"]
 
 
 @pytest.mark.parametrize("sizes, arguments, message", [
-    (dict(patch_size=8), (), "--patch-size and --img-size must be its own, (8, 32)"),
-    (dict(), ("--distill-blocks", "7"), "--distill-blocks: last, all, or of 1, 2, 3, 4, 5, 6"),
-    (dict(), ("--distill-blocks", "0"), "--distill-blocks"),
-    (dict(), ("--data", ROOT, "--teacher", ""), "--teacher FILE is needed"),
-    (None, (), "teacher.pt: cannot be opened")])
+    (dict(patch_size=8), (), "patch_embed.proj.weight: (96, 3, 8, 8) in the file, (96, 3, 4, 4)"),
+    (dict(), ("--distill-blocks", "7"), "--distill-blocks 7: last, all, or of 1,2,3,4,5,6"),
+    (dict(), ("--distill-blocks", "0"), "--distill-blocks 0"),
+    (dict(), ("--distill-blocks", "one"), "--distill-blocks one"),
+    (dict(), ("--teacher", ""), "--teacher FILE"),
+    (dict(num_heads=8), ("--teacher-heads", 5), "width 96 is not divisible by 5 heads"),
+    (None, (), "teacher.pt: not a PyTorch checkpoint")])
 def test_a_teacher_that_does_not_fit_is_refused(sizes, arguments, message, tmp_path, capsys):
     if sizes is not None:
         save_teacher(tmp_path / "teacher.pt", **sizes)
-    arguments = ("--teacher", tmp_path / "teacher.pt", "--fraction", 0.01, "--batch-size", 24, *arguments)
-    assert message in refused(capsys, distill, *arguments, "--out", tmp_path / "out")
+    arguments = ("--fraction", 0.01, "--batch-size", 24, "--out", tmp_path / "out",
+                 "--teacher", tmp_path / "teacher.pt", *arguments)
+    assert message in refused(capsys, distill, *arguments)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_toy_teacher_is_trained_first_and_sigterm_reaches_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    command = [sys.executable, str(ROOT / "distill.py"), "--fraction", "0.01", "--batch-size", "24", "--max-steps", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    teacher, deadline = tmp_path / "runs" / "toy-teacher", time.monotonic() + 120
-    while not log_of(teacher):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped: the teacher is not finished" in text
-    assert not (tmp_path / "runs" / "distill").exists()
-
-    checkpoint = torch.load(teacher / "last.pt", weights_only=True)    # as if it had gone on to the end
-    assert 0 < checkpoint["step"] < 768
-    checkpoint.update(step=768, log='{"epoch": 12.0}\n')
-    torch.save(checkpoint, teacher / "last.pt")
-    call(distill, *command[2:])
-    assert "teacher runs/toy-teacher/last.pt: step 768 on toy" in capsys.readouterr().out
-    assert log_of(tmp_path / "runs" / "distill")[0]["step"] == 1
+def test_without_a_teacher_a_new_run_is_refused(tmp_path, capsys):
+    for arguments in ((), ("--resume",)):
+        message = refused(capsys, distill, *arguments, "--out", tmp_path / "out")
+        assert message.startswith("--teacher FILE: give a pre-trained network")
 
 
-def test_a_toy_teacher_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    script = tmp_path / "mae.py"    # what mae.py --resume does with a run of other settings
-    script.write_text("raise SystemExit(2)")
-    monkeypatch.setattr(distill, "__file__", str(tmp_path / "distill.py"))
-    assert "mae.py failed" in refused(capsys, distill, "--out", tmp_path / "out")
+def test_a_teacher_for_images_of_another_size_sees_as_many_patches(tmp_path):
+    teacher = save_teacher(tmp_path / "teacher.pt", img_size=16)
+    call(distill, "--teacher", teacher, "--fraction", 0.01, "--batch-size", 24, "--max-steps", 1,
+         "--out", tmp_path / "out")
+    assert log_of(tmp_path / "out")[0]["attention_loss"] > 0
+
+
+# ------------------------------------------------------------ the figure
+
+def test_figure_shows_the_attention_that_its_rows_name(tmp_path, monkeypatch):
+    student, teacher = [network.float() for network in pair((1,))]
+    figures = []
+    monkeypatch.setattr(distill.Figure, "savefig", lambda figure, path: figures.append(figure))
+    examples = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    args = argparse.Namespace(data="toy", img_size=32, patch_size=8, out=tmp_path)
+    distill.draw_attention(args, student, teacher, examples, vit.MEAN, vit.STD)
+    axis, = figures[0].axes
+    assert axis.get_title().startswith("Distilled MAE on toy")
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["image", "teacher", "M student", "student"]
+
+    pixels = axis.images[0].get_array()    # cells of 32 pixels, with 2 between them
+    assert (pixels[2:34, 36:68] == examples[1].permute(1, 2, 0).numpy()).all()
+    inputs = (examples - vit.MEAN) / vit.STD
+    block = student.encoder.blocks[1]
+    states = list(student.encoder.states(student.encoder.embed(inputs)))
+    scores = block.attn.scores(block.norm1(states[1]))
+    mapped = torch.einsum("ts,bsij->btij", student.head_maps[0].weight, scores)
+    own = teacher(inputs, 0, torch.arange(16.0).expand(3, -1))[0]    # all patches, in their order
+    for row, expected in enumerate((own, mapped, scores), 1):
+        attention = expected.softmax(dim=-1)[1, :, 0, 1:].mean(dim=0)    # of the second image
+        shares = (attention / attention.max()).view(4, 4)
+        top = 2 + 34 * row
+        shown = torch.from_numpy(pixels[top + 4:top + 32:8, 40:68:8].astype(int))
+        for color in range(3):
+            assert (shown[:, :, color] - 255 * shares).abs().max() <= 1.01
