@@ -1,36 +1,35 @@
-"""Fine-tuning: what is a pre-trained Vision Transformer worth? Also linear probe, k-NN, evaluation.
+"""Fine-tuning: what is a pre-trained Vision Transformer worth?
 
-Recipes: "A Closer Look at Self-Supervised Lightweight Vision Transformers" (ICML 2023), DeiT's ("original").
+Fine-tuning trains all of it to classify images, a linear probe only a layer on its features, and
+k-NN nothing: the most similar training images vote.
+Recipes: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023), its code.
 
-    laptop     python finetune.py --init runs/mae/last.pt    # without --init: from scratch
-    probes     python finetune.py --mode linear --init runs/mae/last.pt    # or --mode knn
-    transfer   python finetune.py --recipe transfer --data pets --init mae.pth --epochs 100
-    one GPU    python finetune.py --data DIR --init mae.pth --compile    # DIR/{train,val}/CLASS/*.jpg
-    8 GPUs     torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth    # two nodes: as mae.py
-    evaluate   python finetune.py --eval-only --init runs/finetune/best.pt    # writes eval.json beside it
-Results in --out. B images, C classes, D width, S image size. Read up to the end of `train`.
+    python finetune.py --init runs/mae/last.pt                # a laptop; no --init: from scratch
+    python finetune.py --mode linear --init runs/mae/last.pt  # or --mode knn
+    python finetune.py --data DIR --init mae.pth --compile    # DIR/train/CLASS/*.jpg, DIR/val/...
+    torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth
+    python finetune.py --recipe transfer --data pets --download --init mae.pth --epochs 100
+    python finetune.py --eval-only --init runs/finetune/best.pt
+
+Results in --out: config.json, log.jsonl, last.pt, best.pt. --resume continues it.
+Shapes: B images, C classes, D width, S image size.
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import distributed as dist, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import vit
@@ -39,10 +38,11 @@ import vit
 # ------------------------------------------------------------ the method
 
 def layer_decay_groups(model, base_lr, weight_decay, decay):
-    """Optimizer groups; layer i learns at `lr_scale = decay^(depth + 1 - i)` of `base_lr` (BEiT, MAE).
+    """Optimizer groups; layer i learns at `lr_scale = decay^(depth + 1 - i)` of `base_lr` (BEiT).
 
-    Layer 0 is the embeddings (patches, class token, position), block k is layer k + 1, norm and head are
-    depth + 1. No weight decay on 1-D tensors, class token, position. Groups have `lr_scale` and `names`.
+    Layer 0 is the embeddings (patches, class token, position), block k is layer k + 1, norm and
+    head are depth + 1. No weight decay on 1-D tensors, class token, position. Groups have
+    `lr_scale` and `names`.
     """
     embeddings = [model.cls_token, model.pos_embed, *model.patch_embed.parameters()]
     end = [*model.norm.parameters(), *model.fc_norm.parameters(), *model.head.parameters()]
@@ -51,710 +51,749 @@ def layer_decay_groups(model, base_lr, weight_decay, decay):
     groups = []
     for i, layer in enumerate(layers):
         scale = decay ** (len(layers) - 1 - i)
-        for decays in (False, True):    # matrices are 2-D and 4-D; class token and position 3-D
-            params = [p for p in layer if (p.ndim in (2, 4)) == decays]
-            groups.append({"params": params, "names": [names[p] for p in params], "lr": base_lr * scale,
-                           "lr_scale": scale, "weight_decay": weight_decay * decays})
+        matrices = [p for p in layer if p.ndim in (2, 4)]  # 4-D: the patch embedding
+        others = [p for p in layer if p.ndim not in (2, 4)]
+        for params, shrink in ((others, 0.0), (matrices, weight_decay)):
+            groups.append({"params": params, "names": [names[p] for p in params],
+                           "lr": base_lr * scale, "lr_scale": scale, "weight_decay": shrink})
     return groups
 
 
-class FeatureNorm(nn.BatchNorm1d):
-    """BatchNorm of frozen features `(B, D)`; the batch is that of all ranks."""
-
-    def forward(self, x):
-        return super().forward(gather(x.to(self.running_mean.dtype)))[RANK::WORLD]    # float32, if --amp
-
-
-def probe_head(dim, num_classes):
-    """What a linear probe trains (MAE, Appendix A.1)."""
-    linear = nn.Linear(dim, num_classes)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(FeatureNorm(dim, eps=1e-6, affine=False), linear)
-
-
 def nearest_neighbors(gallery, labels, queries, num_classes, k=20, temperature=0.07):
-    """The five classes with most votes of k neighbors, best first, `(n, min(5, C))` (Wu et al., 2018).
+    """The five classes with most votes of k neighbors, best first, `(n, min(5, C))`.
 
-    A neighbor at cosine similarity s has exp(s / temperature) votes. gallery `(m, D)`, queries `(n, D)`.
+    A neighbor at cosine similarity s has exp(s / temperature) votes (Wu et al., 2018). gallery
+    `(m, D)`, queries `(n, D)`.
     """
-    gallery, ranking = nn.functional.normalize(gallery, dim=1), []
+    gallery = nn.functional.normalize(gallery, dim=1)
+    ranking = []
     for part in nn.functional.normalize(queries, dim=1).split(256):
-        similarity, index = (part @ gallery.T).topk(min(k, len(gallery)))    # (256, k)
-        votes = part.new_zeros(len(part), num_classes)                       # (256, C)
+        similarity, index = (part @ gallery.T).topk(min(k, len(gallery)))  # (256, k)
+        votes = part.new_zeros(len(part), num_classes)  # (256, C)
         votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
         ranking.append(votes.topk(min(5, num_classes)).indices)
     return torch.cat(ranking)
 
 
-FILL = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [124, 116, 104]}    # the mean color
-warp = functools.partial(TF.affine, angle=0.0, scale=1.0, center=[0, 0], **FILL)
-OPERATIONS = {  # of a uint8 image (3, H, W); strength m from 0 to 1; s is m or -m
-    "autocontrast": lambda x, m, s: TF.autocontrast(x),
-    "equalize": lambda x, m, s: TF.equalize(x),
-    "invert": lambda x, m, s: TF.invert(x),
-    "rotate": lambda x, m, s: TF.rotate(x, 30 * s, **FILL),
-    "posterize": lambda x, m, s: TF.posterize(x, 4 - int(4 * m)),    # 0 bits: black
-    "solarize": lambda x, m, s: TF.solarize(x, min(255, 256 - int(256 * m))),
-    "solarize_add": lambda x, m, s: torch.where(x < 128, x + int(110 * m), x),
-    "color": lambda x, m, s: TF.adjust_saturation(x, 1 + 0.9 * s),
-    "contrast": lambda x, m, s: TF.adjust_contrast(x, 1 + 0.9 * s),
-    "brightness": lambda x, m, s: TF.adjust_brightness(x, 1 + 0.9 * s),
-    "sharpness": lambda x, m, s: TF.adjust_sharpness(x, 1 + 0.9 * s),
-    "shear_x": lambda x, m, s: warp(x, translate=[0, 0], shear=[math.degrees(math.atan(0.3 * s)), 0.0]),
-    "shear_y": lambda x, m, s: warp(x, translate=[0, 0], shear=[0.0, math.degrees(math.atan(0.3 * s))]),
-    "translate_x": lambda x, m, s: warp(x, translate=[0.45 * s * x.shape[2], 0], shear=[0.0, 0.0]),
-    "translate_y": lambda x, m, s: warp(x, translate=[0, 0.45 * s * x.shape[1]], shear=[0.0, 0.0]),
-}
+class FeatureNorm(nn.BatchNorm1d):
+    """BatchNorm of frozen features `(B, D)`; the batch in training is that of all ranks."""
+
+    def forward(self, x):
+        x = x.to(self.running_mean.dtype)  # float32, also with --amp
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return super().forward(torch.cat(parts)).chunk(len(parts))[dist.get_rank()]
 
 
-class RandAugment(nn.Module):
-    """timm's: two operations, each applied with probability 0.5; strength: normal, std 0.5, 0 (off) to 10."""
-
-    def __init__(self, strength):
-        super().__init__()
-        self.strength = strength
-
-    def forward(self, image):
-        names = list(OPERATIONS)
-        for i in torch.randint(len(names), (2,)).tolist():
-            applied, negative = (torch.rand(2) < 0.5).tolist()
-            m = (self.strength + 0.5 * torch.randn(())).clamp(0, 10).item() / 10
-            if applied and self.strength > 0:
-                image = OPERATIONS[names[i]](image, m, -m if negative else m)
-        return image
+def new_head(dim, num_classes, probe):
+    """A classifier of features `(B, D)`; a linear probe's normalizes them (MAE, Appendix A.1)."""
+    linear = nn.Linear(dim, num_classes)
+    nn.init.zeros_(linear.bias)
+    if probe:
+        nn.init.normal_(linear.weight, std=0.01)
+        return nn.Sequential(FeatureNorm(dim, eps=1e-6, affine=False), linear)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    return linear
 
 
 def mix(images, labels, mixup, cutmix, num_classes):
-    """Mixup or cutmix at random (alpha 0: off), one lambda per 128 images: images, targets `(B, C)`."""
-    pairs = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
-    mixers = [mixer(alpha=alpha, num_classes=num_classes) for mixer, alpha in pairs if alpha]
-    chunks = map(v2.RandomChoice(mixers), images.split(128), labels.split(128))
-    return [torch.cat(parts) for parts in zip(*chunks)]
+    """Mixup or cutmix at random (alpha 0: off), one lambda per 128 images; targets `(B, C)`."""
+    mixers = []
+    if mixup:
+        mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+    if cutmix:
+        mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    mixer = v2.RandomChoice(mixers)
+    mixed = [mixer(*pair) for pair in zip(images.split(128), labels.split(128))]
+    return [torch.cat(parts) for parts in zip(*mixed)]
 
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument: toy, small (32 px), photos, or all; meaning; minimum, maximum or choices
-    "mode": ("finetune", "what to do", "finetune", "linear", "knn"),
-    "recipe": ("improved", "of finetune: the paper's, DeiT's", "improved", "original", "transfer"),
-    "init": (None, "start from the weights of this checkpoint"),
-    "keep_blocks": (100, "keep the lower blocks of --init (Fig. 2)", 0, 100),
-    "arch": (("toy", "tiny", "tiny"), "of vit.py; default: of --init", *vit.ARCHS),
-    "img_size": ((32, 32, 224), "side of the images; default: of --init", 1, 10 ** 5),
-    "patch_size": ((4, 4, 16), "side of a patch; default: of --init", 1, 10 ** 5),
-    "num_heads": (None, "default: 12; DeiT-Tiny has 3, DeiT-Small 6", 1, 1000),
-    "global_pool": ("avg", "mean of the patches, or class token", "avg", "token"),
-    "fraction": ((0.04, 1.0, 1.0), "train on this share of each class", 1e-9, 1),
-    "epochs": ((20, 100, 300), "passes over the images", 1, 10 ** 6),
-    "warmup_epochs": ((2.0, 5.0, 5.0), "epochs in which the learning rate rises", 0, 10 ** 6),
-    "batch_size": ((64, 512, 1024), "images in an update, over ranks and --accum", 1, 10 ** 6),
-    "optimizer": ("adamw", "SGD's momentum is 0.9", "adamw", "sgd", "nesterov"),
-    "base_lr": ((8e-3, 1e-3, 1e-3), "learning rate per 256 images of the batch", 0, 1e12),
-    "min_lr": (1e-6, "learning rate at the end", 0, 1e12),
-    "weight_decay": (0.05, "not on 1-D tensors, class token, position", 0, 1),
-    "layer_decay": ((0.75, 0.85, 0.85), "lr of a layer, relative to the next", 1e-3, 1),
-    "drop_path": (0.0, "stochastic depth, last block", 0, 0.99),
-    "min_crop": ((0.5, 0.2, 0.08), "smallest crop, as a share of the image's area", 0, 1),
-    "randaug": ((0.0, 10.0, 10.0), "strength of RandAugment, 0: off", 0, 10),
-    "mixup": ((0.0, 0.2, 0.2), "alpha of mixup, 0: off", 0, 100),
-    "cutmix": (0.0, "alpha of cutmix, 0: off", 0, 100),
-    "erasing": (0.0, "probability of random erasing", 0, 1),
-    "smoothing": (0.0, "label smoothing", 0, 1),
-    "eval_every": ((10, 5, 1), "epochs between evaluations", 1, 10 ** 6),
-    "eval_only": (False, "evaluate --init, a classifier"),
-    "real_labels": (None, "ImageNet-ReaL's real.json: also count these labels"),
-}
-RECIPES = {"improved": {},    # SETTINGS; what the others change, in each column or in all
-    "original": {"base_lr": (2e-3, 2.5e-4, 2.5e-4), "min_lr": 1e-5, "layer_decay": 1.0, "drop_path": 0.1,
-                 "global_pool": "token", "randaug": (0.0, 9.0, 9.0), "mixup": 0.8, "cutmix": 1.0,
-                 "erasing": 0.25, "smoothing": 0.1},
-    "transfer": {"preset": "photos", "epochs": 50, "warmup_epochs": 10.0, "batch_size": 512, "base_lr": 0.05,
-                 "optimizer": "nesterov", "weight_decay": 0.0, "layer_decay": 0.75, "clip_grad": 1.0,
-                 "randaug": 0.0, "mixup": 0.0},
-    "linear": {"epochs": (10, 90, 90), "warmup_epochs": (1.0, 10.0, 10.0), "batch_size": (256, 512, 1024),
-               "optimizer": "sgd", "base_lr": (0.1, 0.1, 0.75), "min_lr": 0.0, "weight_decay": 0.0,
-               "layer_decay": 1.0, "global_pool": None, "fraction": 1.0, "randaug": 0.0, "mixup": 0.0}}
+def settings(parser):
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--recipe", default="improved", choices=RECIPES, help="what to do, and how")
+    either("--mode", dest="recipe", choices=("linear", "knn"), help="the same as --recipe")
+    either("--eval-only", dest="recipe", action="store_const", const="eval", help="test --init")
+    add = parser.add_argument
+    add("--init", help="start from the weights in this file")
+    add("--keep-blocks", type=int, choices=range(25), metavar="N", help="keep the N lower (Fig. 2)")
+    add("--arch", choices=vit.ARCHS, help="network of vit.py, else that of --init or --preset")
+    add("--img-size", type=count, help="image side in pixels, else that of --init or --preset")
+    add("--patch-size", type=count, help="patch side in pixels, else that of --init or --preset")
+    add("--num-heads", type=count, help="else those of --init, or 12 (DeiT-Tiny has 3)")
+    add("--global-pool", default="avg", help="avg: mean of the patches; token: class token")
+    add("--drop-path", type=share, default=0.0, help="stochastic depth, last block")
+    add("--min-crop", type=share, default=0.08, help="smallest crop, share of the area")
+    add("--randaug", type=int, default=10, choices=range(11), metavar="M", help="0: off")
+    add("--mixup", type=amount, default=0.2, help="alpha, 0: off")
+    add("--cutmix", type=amount, default=0.0, help="alpha, 0: off")
+    add("--erasing", type=share, default=0.0, help="probability of random erasing")
+    add("--smoothing", type=share, default=0.0, help="label smoothing")
+    add("--epochs", type=count, default=300, help="passes over the images")
+    add("--warmup-epochs", type=amount, default=5, help="epochs of rising learning rate")
+    add("--batch-size", type=count, default=1024, help="images in an update")
+    add("--optimizer", default="adamw", choices=("adamw", "sgd", "nesterov"), help="of torch")
+    add("--base-lr", type=amount, default=1e-3, help="learning rate per 256 images")
+    add("--min-lr", type=amount, default=1e-6, help="learning rate at the end")
+    add("--weight-decay", type=amount, default=0.05, help="not on biases, norms, position")
+    add("--layer-decay", type=share, default=0.85, help="learning rate relative to the next layer")
+    add("--clip-grad", type=amount, help="largest norm of the gradient")
+    add("--eval-every", type=count, default=1, help="epochs between evaluations")
+    add("--real-labels", help="ImageNet-ReaL's real.json, for --eval-only")
 
 
-def make_sample(data, transform, i):
-    """Image i, transformed, and its label."""
-    image, label = data[i]
-    return transform(image), label
+PRESETS = {  # what differs from the paper's recipe above
+    "photos": {},
+    "small": dict(min_crop=0.2, epochs=100, batch_size=512, eval_every=5),
+    "toy": dict(fraction=0.04, min_crop=0.5, randaug=0, mixup=0.0, epochs=20, warmup_epochs=2,
+                batch_size=64, base_lr=8e-3, layer_decay=0.75, eval_every=10)}
+RECIPES = {  # what differs from both, whatever the preset
+    "improved": {},
+    "original": dict(drop_path=0.1, randaug=9, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1),
+    "transfer": dict(
+        preset="photos", min_crop=0.08, randaug=0, mixup=0.0, epochs=50, warmup_epochs=10,
+        batch_size=512, optimizer="nesterov", base_lr=0.05, weight_decay=0.0, layer_decay=0.75,
+        clip_grad=1.0, eval_every=1),
+    "linear": dict(
+        out=Path("runs/linear"), global_pool=None, randaug=0, mixup=0.0, epochs=90,
+        warmup_epochs=10, optimizer="sgd", base_lr=0.75, min_lr=0.0, weight_decay=0.0),
+    "knn": dict(out=None, global_pool=None, fraction=1.0),  # None: as in, and beside, --init
+    "eval": dict(out=None, global_pool=None)}
+SIZES = {  # of a network from scratch, by --preset
+    "photos": dict(arch="tiny", img_size=224, patch_size=16),
+    "small": dict(arch="tiny", img_size=32, patch_size=4),
+    "toy": dict(arch="toy", img_size=32, patch_size=4)}
 
 
-def train(args):
-    device, stop = setup(args)
-    model, data, validation = prepare(args, device)
-    if args.eval_only or args.mode == "knn":    # signals end it
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        return evaluate(args, model, data, validation, device)
+class Samples(Dataset):
+    """Sample v: a random crop `(3, S, S)` and its label; what is random follows from (seed, v).
 
-    # Data: an endless stream. All that is random about sample number v follows from (seed, v).
-    erase = [v2.ToDtype(torch.float32), v2.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist()),
-             v2.RandomErasing(args.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")]
-    transform = v2.Compose([
-        v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=v2.InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip(),
-        RandAugment(args.randaug),
-        *(erase if args.erasing else []),    # float32: four times the bytes
-    ])
-    stream = Stream(len(data), args.seed, functools.partial(make_sample, data, transform))
-    mean, std = (0, 1) if args.erasing else (MEAN.to(device), STD.to(device))
-    steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
-    epochs = [*range(args.eval_every, args.epochs, args.eval_every), args.epochs]
-    tests = {max(1, round(epoch * len(data) / args.batch_size)) for epoch in epochs}
+    Pixels are uint8, with --erasing normalized. For evaluation: the center crop of image v.
+    """
 
-    # Optimizer: new or from the checkpoint of an interrupted run.
-    base_lr = args.base_lr * args.batch_size / 256
-    groups = layer_decay_groups(model, base_lr, args.weight_decay, args.layer_decay)
-    sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=args.optimizer == "nesterov")
-    make_optimizer = torch.optim.AdamW if args.optimizer == "adamw" else sgd
-    optimizer = make_optimizer(groups, fused=True)
+    def __init__(self, data, args, evaluation=False):
+        self.data = data
+        self.args = args
+        self.evaluation = evaluation
+        crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=BICUBIC)
+        steps = [crop, v2.RandomHorizontalFlip()]
+        if args.randaug:  # timm's strength 10 is number 30 of torchvision's 31
+            operation = v2.RandAugment(
+                num_ops=1, magnitude=3 * args.randaug, fill=[124, 116, 104],  # the mean color
+                interpolation=v2.InterpolationMode.BILINEAR)
+            steps += 2 * [v2.RandomApply([operation], p=0.5)]
+        if args.erasing:  # noise instead of pixels, both with mean 0 and variance 1
+            normalize = v2.Normalize(vit.MEAN.flatten().tolist(), vit.STD.flatten().tolist())
+            erase = v2.RandomErasing(args.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
+            steps += [v2.ToDtype(torch.float32), normalize, erase]
+        self.transform = v2.Compose(steps)
+
+    def __getitem__(self, v):
+        if self.evaluation:
+            image, label = self.data[v]
+            return center_crop(image, self.args.img_size), label
+        image, label = self.data[shuffled(v, len(self.data), self.args.seed)]
+        return self.transform(image), label
+
+
+def build(args, checkpoint):
+    """The network of a checkpoint (with its head only for evaluation) or one from scratch."""
+    torch.manual_seed(args.seed)
+    if not checkpoint:
+        for name, size in SIZES[args.preset].items():
+            setattr(args, name, getattr(args, name) or size)
+    names = ("img_size", "patch_size", "num_heads", "global_pool", "drop_path")
+    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.arch:
+        sizes.update(vit.ARCHS[args.arch].keywords)  # width and depth
+    if args.recipe != "eval":
+        sizes["num_classes"] = 0
+    if checkpoint:
+        model, report = vit.from_weights(checkpoint, in_chans=3, **sizes)
+        print(f"{args.init}: {report}")
+    else:
+        model = vit.VisionTransformer(**sizes)
+        vit.init_weights(model, "truncated")
+    if args.keep_blocks is not None:
+        upper = model.blocks[args.keep_blocks:]
+        vit.init_weights(upper, "truncated")
+        for block in upper:
+            block.norm1.reset_parameters()
+            block.norm2.reset_parameters()
+        print(f"--keep-blocks: {len(upper)} upper blocks randomly initialized")
+    args.img_size = model.grid * model.patch_size  # the data and config.json need the sizes
+    args.patch_size = model.patch_size
+    args.num_heads = model.blocks[0].attn.num_heads
+    feature = {"avg": "mean of the patches", "token": "class token"}[model.global_pool]
+    print(f"{args.img_size} px, {args.num_heads} heads; feature: {feature}, normalized")
+    return model
+
+
+def train(args, model):
+    data, validation = open_splits(args)
+    args.classes = list(data.classes)  # the checkpoint's config names them, for --eval-only
+    probe = args.recipe == "linear"
+    device = model.pos_embed.device
+    mean, std = vit.MEAN.to(device), vit.STD.to(device)
+    model.requires_grad_(not probe)  # the position, too
+    model.head = new_head(model.embed_dim, len(data.classes), probe).to(device)
+    print(f"head: {model.head}")
+    peak_lr = args.base_lr * args.batch_size / 256
+    groups = layer_decay_groups(model, peak_lr, args.weight_decay, args.layer_decay)
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, fused=True)
+    else:  # fused SGD leaves its momentum uninitialized if fp16 skips the first step
+        nesterov = args.optimizer == "nesterov"
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=nesterov, fused=False)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
+    done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
     if args.compile:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False)  # all batches have one size
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
-    end = min(steps, step + (args.max_steps or steps))
-    batches = load(stream, step, end, args)
-    if step in tests:    # perhaps killed between last.pt and evaluation
-        evaluate(args, model, data, validation, device, step)
-    log, last_save = Log(args, step, steps), time.time()
-    while step < end:
-        lr = learning_rate(step, steps, warmup, base_lr, args.min_lr)
+    autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
+
+    B = args.batch_size
+    steps = max(1, round(args.epochs * len(data) / B))
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / B))
+    end = min(steps, done + args.max_steps) if args.max_steps else steps
+    epochs = [*range(args.eval_every, args.epochs, args.eval_every), args.epochs]
+    steps_to_evaluate = {max(1, round(epoch * len(data) / B)) for epoch in epochs}
+    if done in steps_to_evaluate:  # it may have ended between checkpoint and evaluation
+        validate(args, model, validation, done)
+    log = Log(args, scaler)
+    mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
+    batches = log.timed(DataLoader(
+        Samples(data, args), B // (WORLD * args.accum), sampler=mine, num_workers=args.workers,
+        pin_memory=torch.cuda.is_available()))
+    last_save = time.time()
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+        lr = learning_rate(step - 1, steps, warmup, peak_lr, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        loss = 0
         for part in range(args.accum):
-            images, targets = log.next(batches)
-            images = (images.to(device, non_blocking=True) - mean) / std   # (B, 3, S, S)
-            targets = targets.to(device, non_blocking=True)                # (B,); mixed (B, C)
-            seed = np.random.SeedSequence((args.seed, step, RANK, part))   # of mixing, stochastic depth
-            torch.manual_seed(int(seed.generate_state(1)[0]))
+            images, targets = next(batches)
+            images = images.to(device, non_blocking=True)  # (B, 3, S, S)
+            targets = targets.to(device, non_blocking=True)  # (B,); mixed (B, C)
+            if not args.erasing:  # else Samples has done it
+                images = (images - mean) / std
+            seed = np.random.SeedSequence((args.seed, step - 1, RANK, part))
+            torch.manual_seed(int(seed.generate_state(1)[0]))  # of mixing and stochastic depth
             if args.mixup or args.cutmix:
-                images, targets = mix(images, targets, args.mixup, args.cutmix, len(data.classes))
-            network.require_backward_grad_sync = part == args.accum - 1    # synchronized on the last part
+                images, targets = mix(
+                    images, targets, args.mixup, args.cutmix, num_classes=len(data.classes))
+            # Gradients are synchronized between ranks on the last micro-batch.
+            network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
-                logits = network(images)                                   # (B, C)
-            part_loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
-            scaler.scale(part_loss / args.accum).backward()
-            loss += part_loss.detach() / args.accum
+                logits = network(images).float()  # (B, C)
+            loss = nn.functional.cross_entropy(logits, targets, label_smoothing=args.smoothing)
+            scaler.scale(loss / args.accum).backward()
+            log.add(loss=loss)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        step += 1
-        log.window.append({"loss": loss, "grad_norm": grad_norm})
-        due = step == end or step in tests
-        if not (step % args.log_every == 0 or due or (stop and WORLD == 1)):
-            continue
-        # Only here does the program wait for the device: it reads the losses, and ranks agree to stop.
-        stopping = log.write(step, stop, epoch=step * args.batch_size / len(data), lr=lr)
-        if RANK == 0 and (due or stopping or time.time() - last_save > 60 * args.save_minutes):
-            save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
-            last_save = time.time()
-        if stopping:
-            break
-        if step in tests:
-            evaluate(args, model, data, validation, device, step)
-            log.since = time.time()
-    print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}")
-
-
-def prepare(args, device):
-    """The network with its mode's head, training and validation images. UserError."""
-    torch.manual_seed(args.seed)
-    names = ("img_size", "patch_size", "num_heads", "global_pool", "drop_path")
-    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sizes |= vit.ARCHS[args.arch].keywords if args.arch else {}
-    if args.init:    # gives the sizes that were not typed
-        weights = vit.read_weights(args.out / "last.pt" if args.resume else args.init)    # may be gone
-        model, report = vit.from_weights(weights, num_classes=0, in_chans=3, **sizes)
-        args.mode = weights.config.get("mode", "finetune") if args.eval_only else args.mode
-    else:
-        model = vit.VisionTransformer(**sizes)
-        vit.init_weights(model, "truncated")
-    args.img_size = model.grid * model.patch_size
-    args.num_heads = model.blocks[0].attn.num_heads    # for config.json: the weights do not tell
-    for module in model.blocks[args.keep_blocks:].modules():
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-    vit.init_weights(model.blocks[args.keep_blocks:], "truncated")
-    data, validation = open_split(args, train=not args.eval_only), open_split(args, train=False)
-    other = sorted(set(data.classes) ^ set(validation.classes))
-    if not args.eval_only and (other or validation.split == "training" or data.classes == [""]):
-        raise UserError(f"--data {args.data}: train/ and val/ need the same folders {' '.join(other[:5])}")
-    if args.mode == "linear":
-        model.head = probe_head(model.embed_dim, len(data.classes))
-    elif args.mode != "knn":
-        model.head = nn.Linear(model.embed_dim, len(data.classes))
-        nn.init.trunc_normal_(model.head.weight, std=2e-5 if args.init else 0.02)    # as MAE, DeiT
-        nn.init.zeros_(model.head.bias)
-    if args.eval_only:
-        report = vit.load_weights(model, weights)
-        if "head" in str(report.missing):
-            raise UserError(f"--init {args.init}: no head for the {len(data.classes)} classes of --data")
-    model.requires_grad_(args.mode == "finetune")    # the position too
-    model.head.requires_grad_(True)
-    feature = "mean of the patches" if model.global_pool == "avg" else "class token"
-    print(f"{weights.name}: {report}" if args.init else "from scratch")
-    print(f"{args.img_size} px, {args.num_heads} heads; feature: {feature}, normalized; head: {model.head}")
-    return model.to(device), data, validation
-
-
-def gather(x):
-    """The rows `(n, ...)` of each rank as `(n * WORLD, ...)` on all: rank r has rows r, r + WORLD, ..."""
-    rows = x.new_zeros(len(x) * WORLD, *x.shape[1:])
-    rows[RANK::WORLD] = x
-    if WORLD > 1:
-        dist.all_reduce(rows)
-    return rows
+        # Up to here nothing waited for the device. Reading the losses does.
+        due = step == end or step in steps_to_evaluate
+        if due or step % args.log_every == 0:
+            epoch = step * B / len(data)
+            log.write(step, epoch=epoch, lr=lr, grad_norm=grad_norm.item())
+            if RANK == 0 and (due or time.time() - last_save > 60 * args.save_minutes):
+                save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
+                last_save = time.time()
+        if step in steps_to_evaluate:
+            validate(args, model, validation, step)
+            log.clear()
+    print(f"step {end} of {steps}: {args.out}")
 
 
 @torch.no_grad()
-def predict(args, model, data, device):
-    """The output for each image, `(n, C)`, in float32, and the labels `(n,)`, on all ranks."""
-    crop = functools.partial(center_crop, size=args.img_size)
-    stream = Stream(len(data), args.seed, functools.partial(make_sample, data, crop))
-    stream.epoch, stream.order = 0, range(len(data))    # not shuffled
-    plan = argparse.Namespace(data=args.data, workers=args.workers, batch_size=128 * WORLD, accum=1)
-    parts = []
-    for images, labels in load(stream, 0, math.ceil(len(data) / plan.batch_size), plan):
-        outputs = model.forward((images.to(device) - MEAN.to(device)) / STD.to(device))    # not compiled
-        parts.append((outputs, labels.to(device)))
-    return [gather(torch.cat(part))[:len(data)] for part in zip(*parts)]
-
-
-def evaluate(args, model, data, validation, device, step=None):
-    """Accuracy, with --mode knn by votes of the training images; best.pt: best by the log."""
+def predict(args, model, data):
+    """The output for each image, `(n, C)`, and the labels `(n,)`, in order, on all ranks."""
+    device = model.pos_embed.device
+    mean, std = vit.MEAN.to(device), vit.STD.to(device)
+    mine = Subset(Samples(data, args, evaluation=True), range(RANK, len(data), WORLD))
+    outputs, labels = [], []
     model.eval()
-    outputs, labels = predict(args, model, validation, device)
-    ranking = outputs.topk(min(5, outputs.shape[1])).indices
-    if args.mode == "knn":
-        gallery, targets = predict(args, model, data, device)
-        ranking = nearest_neighbors(gallery, targets, outputs, len(data.classes))
+    for images, targets in DataLoader(mine, 128, num_workers=args.workers):
+        outputs.append(model.forward((images.to(device) - mean) / std))  # not compiled
+        labels.append(targets.to(device))
     model.train()
-    hits = 100 * (ranking == labels[:, None]).double()    # (n, 5)
-    result = {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
-    if args.real_labels:    # the classes that each image may have, in the order of the file names
-        real = json.loads(Path(args.real_labels).read_text())
-        order = np.argsort([os.path.basename(file) for file, _ in getattr(validation, "samples", [])])
-        if len(real) != len(order):
-            raise UserError(f"--real-labels: {len(real)} images, --data has {len(order)} files")
-        pairs = zip(ranking[order, 0].tolist(), real)
-        result["real"] = 100 * np.mean([best in accepted for best, accepted in pairs if accepted])
-    print(f"{len(validation):,} {validation.split} images: {result}", flush=True)
-    if RANK > 0:
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.mode == "knn":
-        draw_neighbors(args, data, validation, gallery, outputs)
-    if step is None:
-        path = args.out / ("knn.json" if args.mode == "knn" else "eval.json")
-        return path.write_text(json.dumps({**result, **vars(args)}, indent=1, default=str))
-    with (args.out / "log.jsonl").open("r+") as file:
-        best = max(json.loads(line).get("top1", -1) for line in file)
-        file.write(json.dumps({"step": step, "epoch": step * args.batch_size / len(data), **result}) + "\n")
-    if result["top1"] > best:
-        save(args, "best.pt", step, model=model)
+    gathered = []
+    for rows in (torch.cat(outputs), torch.cat(labels)):
+        everything = rows.new_zeros(len(data), *rows.shape[1:])
+        everything[RANK::WORLD] = rows
+        if WORLD > 1:
+            dist.all_reduce(everything)
+        gathered.append(everything)
+    return gathered
 
 
-def draw_neighbors(args, data, validation, gallery, queries):
-    """neighbors.png: validation images and the nearest training images of each; green: same class."""
-    figure = Figure((10, 11), layout="tight")
-    axes = figure.subplots(8, 9, subplot_kw={"xticks": [], "yticks": []})
-    for row, i in zip(axes, range(0, len(validation), math.ceil(len(validation) / 8))):
-        nearest = nn.functional.cosine_similarity(queries[i, None], gallery).topk(min(8, len(data))).indices
-        for axis, (image, label) in zip(row, [validation[i], *[data[j] for j in nearest.tolist()]]):
-            axis.imshow(center_crop(image, args.img_size).permute(1, 2, 0).numpy())
-            axis.set_title(data.classes[label], fontsize=7)
-            axis.spines[:].set(color="green" if label == validation[i][1] else "red", linewidth=3)
-    figure.suptitle(f"{args.init or 'from scratch'}: validation image, nearest training images")
-    figure.savefig(args.out / "neighbors.png")
+def accuracy(ranking, labels):
+    """Percentages of images whose class is the first, or any, of `ranking (n, 5)`."""
+    hits = 100 * (ranking == labels[:, None]).double()
+    return {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
 
 
-TRANSFER = {"flowers102": ("Flowers102", "train", "val"), "pets": ("OxfordIIITPet", "trainval"),
-            "aircraft": ("FGVCAircraft", "trainval")}    # torchvision's class, its splits for training
+def validate(args, model, validation, step):
+    """Logs the accuracy after a step; best.pt is the best of the log."""
+    outputs, labels = predict(args, model, validation)
+    result = accuracy(outputs.topk(min(5, outputs.shape[1])).indices, labels)
+    print(f"step {step}: {result}")
+    if RANK == 0:
+        lines = (args.out / "log.jsonl").read_text().splitlines()
+        best = max(json.loads(line).get("top1", -1) for line in lines)
+        entry = {"step": step, "epoch": step * args.batch_size / args.images, **result}
+        with open(args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if result["top1"] > best:
+            save(args, "best.pt", step, model=model)
 
 
-def open_split(args, train):
-    """`open_data`, or a transfer set. UserError."""
-    if args.data not in TRANSFER:
-        return open_data(args, train)
-    name, *splits = TRANSFER[args.data]
-    split = functools.partial(getattr(torchvision.datasets, name), args.root, transform=to_tensor)
+def knn(args, model):
+    """Accuracy of k-nearest-neighbor classification, with nothing trained."""
+    data, validation = open_splits(args)
+    gallery, targets = predict(args, model, data)
+    queries, labels = predict(args, model, validation)
+    return accuracy(nearest_neighbors(gallery, targets, queries, len(data.classes)), labels)
+
+
+def evaluate(args, model, checkpoint):
+    """Accuracy of the classifier in --init; only outputs for the classes of --data count."""
+    weight = vit.find_tensors(checkpoint).get("head.1.weight")
+    if weight is not None:
+        head = new_head(model.embed_dim, len(weight), probe=True)
+        model.head = head.to(model.pos_embed.device)
+        vit.load_weights(model, checkpoint)
+    validation = open_split(args, train=False)
+    numbers = find_outputs(args, model, checkpoint, validation.classes)
+    if args.real_labels:
+        real = read_real_labels(args, validation)
+    outputs, labels = predict(args, model, validation)
+    ranking = outputs[:, numbers].topk(min(5, len(numbers))).indices
+    result = accuracy(ranking, labels)
+    if args.real_labels:
+        predicted = [numbers[label] for label in ranking[:, 0].tolist()]
+        hits = [number in accepted for number, accepted in zip(predicted, real) if accepted]
+        result["real"] = 100 * sum(hits) / len(hits)
+    return result
+
+
+def find_outputs(args, model, checkpoint, classes):
+    """The output for each class of --data: by name, by number (ImageNet-V2), or in order."""
+    if isinstance(model.head, nn.Identity):
+        raise vit.InputError(f"--init {args.init}: no head, nothing to evaluate")
+    outputs = range(len(list(model.head.parameters())[-1]))  # one for each bias
+    names = checkpoint.get("config", {}).get("classes", [])  # published files have none
+    other = [name for name in classes if name not in names]
+    if not other:  # all of the names, or a part (ImageNet-A, -R)
+        return [names.index(name) for name in classes]
+    if all(name.isdecimal() and int(name) in outputs for name in classes):
+        return [int(name) for name in classes]
+    if names or len(classes) != len(outputs):
+        raise vit.InputError(f"--data: not among {len(outputs)} classes of --init: {other[:5]}")
+    return list(outputs)
+
+
+def read_real_labels(args, data):
+    """The classes that each image may have; the file is in the order of the images' names."""
     try:
-        parts = [split(p, download=args.download and WORLD == 1) for p in (splits if train else ["test"])]
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"--data {args.data}: {error} (--download; pip install scipy)") from None
-    data = ConcatDataset(parts)
-    if train and (args.fraction < 1 or args.long_tail):    # the only use of labels; decodes each image
-        data = Subset(data, subset(np.array([label for _, label in data]), args))
-    data.classes = getattr(parts[0], "classes", range(102))    # flowers, older torchvision
-    data.split = "training" if train else "validation"
-    return data
+        real = json.loads(Path(args.real_labels).read_text())
+    except (OSError, ValueError) as error:
+        raise vit.InputError(f"--real-labels {args.real_labels}: {error}") from None
+    order = np.argsort([os.path.basename(path) for path in data.paths])
+    if len(real) != len(order):
+        raise vit.InputError(f"--real-labels: {len(real)} images, --data has {len(order)} files")
+    return [real[place] for place in np.argsort(order)]
 
 
 def main(argv=None):
-    table = {**COMMON, **SETTINGS, **TRAINING}
-    args = parse(argv, table, "runs/finetune")    # says the recipe, which says the defaults
-    evaluates = args.eval_only or args.mode == "knn"
-    changes = dict(RECIPES["linear" if evaluates or args.mode == "linear" else args.recipe])
-    changes |= {"arch": None, "img_size": None, "patch_size": None} if args.init else {"layer_decay": 1.0}
-    table |= {name: (value, *table[name][1:]) for name, value in changes.items()}
-    args = parse(argv, table, Path(args.init).parent if evaluates and args.init else f"runs/{args.mode}")
-    if args.eval_only and not args.init:
-        raise UserError("--eval-only needs --init CHECKPOINT")
-    if args.mode == "linear" and args.accum > 1:
-        raise UserError("--accum: the probe's BatchNorm sees the whole batch; it needs little memory anyway")
-    train(args)
+    args = parse(argv, settings, PRESETS, out="runs/finetune", recipes=RECIPES)
+    if args.recipe == "eval" and not args.init:
+        raise vit.InputError("--eval-only needs --init CHECKPOINT")
+    if args.recipe == "linear" and args.accum > 1:
+        raise vit.InputError("--accum: the probe's BatchNorm sees the whole batch")
+    if args.real_labels and args.recipe != "eval":
+        raise vit.InputError("--real-labels needs --eval-only")
+    if args.out is None:  # beside the checkpoint
+        args.out = Path(args.init or "runs/knn").parent
+    device = setup(args)
+    checkpoint = vit.open_checkpoint(args.init or {})
+    model = build(args, checkpoint).to(device)
+    if args.recipe == "eval":
+        result = evaluate(args, model, checkpoint)
+    elif args.recipe == "knn":
+        result = knn(args, model)
+    else:
+        train(args, model)
+        return
+    print(result)
+    if RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**result, **vars(args)}, indent=1, default=str)
+        (args.out / f"{args.recipe}.json").write_text(text)
 
 
-# ======================================== plumbing, start: arguments and errors
-class UserError(Exception):
-    """Invalid input: one line on stderr, exit code 2."""
+# ==================== plumbing: the same in all scripts; skip it at first
 
-
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
-STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-PRESETS = ("toy", "small", "photos")    # the columns of SETTINGS
-NAMED = {"toy": "toy", "cifar10": "small", "cifar100": "small", "fashionmnist": "small"}
-COMMON = {  # argument: default; meaning; allowed values
-    "data": ("toy", f"a folder with train/ and val/, or one of: {' '.join(NAMED)}"),
-    "preset": (None, "column of the settings (default: by --data)", *PRESETS),
-    "root": ("data", "folder of CIFAR and Fashion-MNIST"),
-    "download": (False, "fetch them first"),
-    "fraction": (1.0, "train on this share of each class", 1e-9, 1),
-    "long_tail": (False, "train on class sizes shaped like ImageNet-LT's"),
-    "workers": (None, "processes that load images, per rank (default: its cores)", 0, 999),
-    "seed": (0, "seed of weights, order, crops, masks", 0, 2 ** 32 - 1),
-}
+WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+BICUBIC = v2.InterpolationMode.BICUBIC
+to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
+NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
+IMAGES = (".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+MAY_CHANGE = ("out", "preset", "data", "root", "download", "workers", "accum", "compile",
+              "log_every", "save_minutes", "max_steps", "resume", "init", "teacher")
 
 
-def parse(argv, settings, out):
-    """The arguments of `COMMON` and `settings`; a tuple has a default per preset. UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    table = {"out": (Path(out), "folder of the results"), **COMMON, **settings}
-    for name, (default, meaning, *allowed) in table.items():
-        values = default if isinstance(default, tuple) else (default,)
-        kind = type([value for value in (*values, *allowed, "") if value is not None][0])
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if allowed and kind is str:
-            options["choices"] = allowed
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **options)
-    parser.set_defaults(**{name: row[0] for name, row in table.items() if not isinstance(row[0], tuple)})
-    args = parser.parse_args(argv)
-    args.preset = args.preset or NAMED.get(args.data, "photos")
-    for name, (default, _, *allowed) in table.items():
-        if getattr(args, name) is None and isinstance(default, tuple):
-            setattr(args, name, default[PRESETS.index(args.preset)])
-        value = getattr(args, name)
-        if allowed and isinstance(value, (int, float)) and not allowed[0] <= value <= allowed[1]:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {allowed[0]} to {allowed[1]}")
-    return args
+def parse(argv, settings, presets, out, recipes=None):
+    """What is typed; else what the run to resume had; else the preset's; else the default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("--data", default="toy", help=f"folder with train/ and val/, or toy, {', '.join(NAMED)}")
+    add("--preset", choices=presets, help="sizes and recipe, else by --data")
+    settings(parser)
+    add("--out", type=Path, default=out, help="folder of the results")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--root", default="data", help="folder of downloads")
+    add("--download", action="store_true", help="download CIFAR or Fashion-MNIST")
+    add("--fraction", type=share, default=1.0, help="share of each class to train on")
+    add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
+    add("--seed", type=int, default=0, help="of weights, order, crops, masks")
+    add("--accum", type=count, default=1, help="micro-batches in an update")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--workers", type=int, default=WORKERS, help="loading processes")
+    add("--log-every", type=count, default=10, help="steps between log lines")
+    add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
+    add("--max-steps", type=count, help="stop early, the schedule unchanged")
+    typed, _ = parser.parse_known_args(argv)
+    by_data = {"toy": "toy", **dict.fromkeys(NAMED, "small")}.get(typed.data, "photos")
+    preset = typed.preset or by_data
+    parser.set_defaults(preset=preset, **presets[preset])
+    if recipes:
+        parser.set_defaults(**recipes[typed.recipe])
+    if typed.resume and (typed.out / "config.json").exists():
+        before = json.loads((typed.out / "config.json").read_text())
+        names = (before.keys() & vars(typed)) - {"max_steps"}
+        parser.set_defaults(**{name: before[name] for name in names})
+    add("-h", "--help", action="help", default=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
-def refuse(reason):
-    raise UserError(str(reason))
+def count(text):  # type of an argument: 1, 2, 3, ...
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
-def run(main, leave=os._exit):
-    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        main()
-    except Exception as error:
-        line = traceback.format_exc()
-        if isinstance(error, (UserError, vit.InputError, OSError)):
-            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
-            line = "error: a process that loads images was killed (out of memory?)"
-        print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits for no rank and no worker
+def amount(text):  # a number from 0 up
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
-# ======================================== plumbing, data: images and the sample stream
+def share(text):  # a number from 0 to 1
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
 
-class Folder(torchvision.datasets.ImageFolder):
-    """Images below a folder: top folders are classes (2 before 10); without them all labels are 0."""
+
+class Folder(Dataset):
+    """All images below a folder; the class of each is the top folder, "" if it lies in none."""
 
     def __init__(self, root):
+        self.root = root
+        self.skipped = 0
+        paths = []
+        errors = []
         seen = set()
-        for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
+        for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
             if os.path.realpath(folder) in seen:
-                raise UserError(f"{folder}: links lead here twice, its images would count twice")
+                raise vit.InputError(f"{folder}: links lead here twice")
             seen.add(os.path.realpath(folder))
-        super().__init__(root, transform=to_tensor, loader=read_image)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            files = sorted(name for name in files if name[0] != ".")
+            images = [name for name in files if name.lower().endswith(IMAGES)]
+            self.skipped += len(files) - len(images)
+            inside = os.path.relpath(folder, root).removeprefix(".")
+            paths += [os.path.join(inside, name) for name in images]
+        if not paths:
+            errors.append("no images")
+        if errors:
+            raise vit.InputError(f"{root}: {errors[0]}")
+        tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]
+        classes, self.targets = np.unique(tops, return_inverse=True)
+        self.classes = classes.tolist()
+        self.paths = np.array([os.fsencode(path) for path in paths])  # workers share an array
 
-    def find_classes(self, directory):
-        names = sorted(next(os.walk(directory))[1], key=lambda n: (len(n) * n.isdecimal(), n)) or [""]
-        return names, {name: label for label, name in enumerate(names)}
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image = read_image(os.path.join(self.root, os.fsdecode(self.paths[i])))
+        return to_tensor(image), int(self.targets[i])
 
 
 def read_image(path):
-    """A file as a PIL image. UserError that names it."""
+    """A file as an RGB PIL image. Raises InputError that names it."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:    # PIL raises many types
-        raise UserError(f"{path}: unreadable image ({error!r:.200})") from None
-    if image.mode[0] in "IF":
-        raise UserError(f"{path}: more than 8 bits a pixel (PIL mode {image.mode})")
-    return image
-
-
-def to_tensor(image):
-    """A PIL image as an RGB uint8 tensor, `(3, H, W)`."""
-    image = image.convert("RGBA") if image.mode == "P" else image    # else PIL warns of transparency
-    return v2.functional.pil_to_tensor(image.convert("RGB"))
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a pixel, mode {image.mode}")
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many types
+        raise vit.InputError(f"{path}: unreadable image ({error!r:.200})") from None
 
 
 def open_data(args, train):
-    """One split: `data[i] -> (uint8 tensor (3, H, W), label)`, with `targets`, `classes`, `split`."""
-    root = Path(args.data)
+    """A split: `data[i] -> (uint8 (3, H, W), label)`, with `targets` and `classes`."""
+    source = args.data
     if args.data == "toy":
         data = vit.ToyShapes(train, args.img_size)
     elif args.data in NAMED:
-        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
-        dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # once a node, both splits
-            dataset(args.root, train, download=True)
-        if args.download and train and WORLD > 1:
-            dist.barrier()
+        dataset = getattr(torchvision.datasets, NAMED[args.data])
         try:
+            if args.download and LOCAL_RANK == 0:
+                dataset(args.root, train, download=True)
+            if args.download and WORLD > 1:
+                dist.barrier()
             data = dataset(args.root, train, transform=to_tensor)
-        except RuntimeError:
-            raise UserError(f"--data {args.data}: not in --root {args.root}; --download fetches it") from None
-    elif not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, nor one of: {' '.join(NAMED)}")
+        except (OSError, RuntimeError) as error:
+            raise vit.InputError(f"--data {args.data}: {error}") from None
     else:
-        tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-        if not train and not tests:    # training images also serve for evaluation
-            return open_data(args, train=True)
-        split = root / "train" if tests or (root / "train").is_dir() else root
-        data = Folder(str(split if train else tests[0]))
+        root = Path(args.data)
+        held_out = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
+        if held_out and not train:
+            root = held_out[0]
+        elif held_out or (root / "train").is_dir():  # train/ alone serves for both splits
+            root = root / "train"
+        data = Folder(root)
+        source = f"{root}, {data.skipped:,} other files skipped"
     if train and (args.fraction < 1 or args.long_tail):
-        whole, targets = data, np.array(data.targets)
-        data = Subset(whole, subset(targets, args))
-        data.targets, data.classes = targets[data.indices], whole.classes
-    data.split = "training" if train else "validation"
+        targets, classes = np.array(data.targets), data.classes
+        data = Subset(data, subset(targets, args))
+        data.targets, data.classes = targets[data.indices], classes
+    split = "training" if train else "validation"
+    print(f"{split}: {len(data):,} images of {len(data.classes):,} classes from {source}")
     return data
 
 
+TRANSFER = {"flowers102": "Flowers102", "pets": "OxfordIIITPet", "aircraft": "FGVCAircraft"}
+
+
+def open_split(args, train):
+    """`open_data`, or a transfer set."""
+    if args.data not in TRANSFER:
+        return open_data(args, train)
+    splits = ["test"]
+    if train:
+        splits = {"flowers102": ["train", "val"]}.get(args.data, ["trainval"])
+    dataset = getattr(torchvision.datasets, TRANSFER[args.data])
+    fetch = args.download and WORLD == 1
+    try:
+        parts = [dataset(args.root, split, transform=to_tensor, download=fetch) for split in splits]
+    except (ImportError, OSError, RuntimeError) as error:
+        hint = "--download, in one process; pip install scipy"
+        raise vit.InputError(f"--data {args.data}: {error} ({hint})") from None
+    data = ConcatDataset(parts)
+    if train and (args.fraction < 1 or args.long_tail):  # reads all images
+        data = Subset(data, subset(np.array([label for _, label in data]), args))
+    data.classes = [str(label) for label in range(102)]  # flowers102 of older torchvision
+    if hasattr(parts[0], "classes"):
+        data.classes = parts[0].classes
+    print(f"{splits}: {len(data):,} images of {len(data.classes)} classes")
+    return data
+
+
+def open_splits(args):
+    """Training and validation images of the same classes, or InputError."""
+    data = open_split(args, train=True)
+    validation = open_split(args, train=False)
+    if isinstance(validation, Folder) and validation.root.name not in ("val", "valid", "test"):
+        raise vit.InputError(f"--data {args.data}: no val/ beside train/")
+    if "" in data.classes:
+        raise vit.InputError(f"--data {args.data}: images need a folder for each class")
+    other = sorted(set(data.classes) ^ set(validation.classes))
+    if other:
+        raise vit.InputError(f"--data {args.data}: classes of one split only: {other[:5]}")
+    return data, validation
+
+
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1
     shares = np.maximum(pareto / pareto[0], 5 / 1280) if args.long_tail else np.ones(len(classes))
-    members = [rng.permutation(np.flatnonzero(targets == label)) for label in classes]
-    counts = [max(1, round(args.fraction * share * len(m))) for share, m in zip(shares, members)]
-    return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
+    chosen = []
+    for label, part in zip(classes, args.fraction * shares):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        chosen.append(members[:max(1, round(part * len(members)))])
+    return np.sort(np.concatenate(chosen))
 
 
 def center_crop(image, size):
-    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, bicubic, center crop."""
+    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, center crop."""
     if image.shape[1:] != (size, size):
-        image = v2.functional.resize(image, round(size * 256 / 224), v2.InterpolationMode.BICUBIC)
+        image = v2.functional.resize(image, round(size * 256 / 224), BICUBIC)
     return v2.functional.center_crop(image, size)
 
 
-class Stream(Dataset):
-    """Endless samples of n images: sample v is `make(i)`, i = permutation(seed, v // n)[v % n].
-
-    All that is random about it comes from (seed, v). Step s is samples [s B, (s + 1) B), every R-th of
-    them for a rank of R. So resuming, workers, ranks and accumulation change nothing.
-    """
-
-    def __init__(self, n, seed, make):
-        self.n, self.seed, self.make, self.epoch = n, seed, make, None
-
-    def __getitem__(self, v):
-        if v // self.n != self.epoch:
-            self.epoch = v // self.n
-            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
-        torch.default_generator.manual_seed(int(seed))    # uses 32 bits
-        return self.make(self.order[v % self.n])
+@functools.lru_cache(maxsize=1)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n).astype(np.int32)
 
 
-def load(stream, step, end, args):
-    """This rank's batches from `step` to `end`, --accum a step; workers are at most two ahead."""
-    batch = args.batch_size // getattr(args, "crops_per_image", 1)
-    batches = (list(range(s * batch + RANK, (s + 1) * batch, WORLD)[part::args.accum])
-               for s in range(step, end) for part in range(args.accum))
-    cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = 0 if args.data in NAMED and not cuda else workers    # 0: images in memory
-    return iter(DataLoader(stream, batch_sampler=batches, pin_memory=cuda, worker_init_fn=ignore_signals,
-                           num_workers=workers if args.workers is None else args.workers))
+def shuffled(v, n, seed):
+    """The image of sample v. Seeds torch, too: all drawn after it follows from (seed, v)."""
+    number = np.random.SeedSequence((seed, v)).generate_state(1)[0]
+    torch.default_generator.manual_seed(int(number))
+    return permutation(n, seed, v // n)[v % n]
 
 
-def ignore_signals(_):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ======================================== plumbing, training: ranks, checkpoints, log
-
-TRAINING = {  # argument: default; meaning; allowed values
-    "resume": (False, "continue the run in --out exactly"),
-    "accum": (1, "micro-batches in an update, to save memory", 1, 10 ** 6),
-    "clip_grad": (None, "largest norm of the gradient", 1e-9, 1e9),
-    "amp": (None, "mixed precision (default: bf16 or fp16 on a GPU)", "bf16", "fp16", "off"),
-    "compile": (False, "torch.compile: a slow first step, then faster ones"),
-    "log_every": (10, "steps between lines of the log", 1, 10 ** 9),
-    "save_minutes": (5.0, "minutes between checkpoints and figures", 0, 10 ** 9),
-    "max_steps": (None, "stop after this many steps, the schedule unchanged", 1, 10 ** 9),
-}
-FREE = {*TRAINING, *COMMON, "out", "init", "teacher"} - {"clip_grad", "amp", "fraction", "long_tail", "seed"}
-
-
-def setup(args):
-    """Prints the settings, joins the other ranks; returns the device and a set that signals fill."""
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def setup(args, crops=1):
+    """Joins the other ranks, prints the settings, returns the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise vit.InputError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        args.amp = args.amp or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = args.amp or ("bf16" if bf16 else "fp16")
     args.amp = args.amp or "off"
-    args.resume = args.resume and (args.out / "last.pt").exists()
-    batch, parts = args.batch_size, WORLD * args.accum * getattr(args, "crops_per_image", 1)
-    if batch % parts:
-        raise UserError(f"--batch-size {batch}: must be a multiple of {parts}, ranks x accum x crops")
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if WORLD > 1:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    B = args.batch_size
+    parts = WORLD * args.accum * crops
+    if B % parts:
+        raise vit.InputError(f"--batch-size {B}: not a multiple of {parts}, ranks x accum x crops")
+    if args.warmup_epochs >= args.epochs or args.seed < 0:
+        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} or --seed is out of range")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    print("settings:", ", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"batch: {WORLD} ranks x {batch // WORLD // args.accum} images x {args.accum} accum = {batch};",
-          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}")
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = set()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:    # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: stop.add(number))
-    return device, stop
+    print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()])
+    print(f"batch {B} = {WORLD} ranks x {args.accum} accum x {B // (WORLD * args.accum)} images;",
+          f"lr {args.base_lr * B / 256:g} = {args.base_lr:g} x {B} / 256")
+    return device
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
     """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
     if step < warmup:
         return lr * step / warmup
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    progress = (step - warmup) / (steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def start(args, data, **parts):
-    """Fills `parts` from last.pt, read by rank 0, and returns its step. A new run makes --out: 0."""
-    images, path = getattr(data, "dataset", data), args.out / "last.pt"
-    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", [])) or args.data
-    args.images = f"{len(data)} {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
-    shared = [None, args.images]
-    if args.resume and RANK == 0:
-        try:
-            shared[0] = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(shared[0]["config"])
-        except Exception as error:    # many types
-            raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
-        for name in config | vars(args):
-            if name not in FREE and config.get(name) != vars(args).get(name):
-                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {vars(args).get(name)}")
-        (args.out / "log.jsonl").write_text(shared[0]["log"])
-    if WORLD > 1:
-        dist.barrier()    # every rank has read --init, which may lie in --out
-        dist.broadcast_object_list(shared)
-    if shared[1] != args.images:
-        raise UserError(f"--data {args.data}: rank {RANK} has other images than rank 0")
-    if shared[0]:
+    """Claims --out, or fills `parts` from the run in it. Returns its steps."""
+    args.images = len(data)
+    if args.batch_size > args.images:
+        raise vit.InputError(f"--batch-size {args.batch_size}: only {len(data)} images, give less")
+    path = args.out / "last.pt"
+    checkpoint = {"step": 0, "log": ""}
+    if args.resume and path.exists():
+        checkpoint = vit.open_checkpoint(path)
+        now = vars(args)
+        changed = [f"--{name.replace('_', '-')} was {value}, now {now.get(name)}"
+                   for name, value in checkpoint["config"].items()
+                   if name not in MAY_CHANGE and value != now.get(name)]
+        if changed:
+            raise vit.InputError(f"{path}: {'; '.join(changed)}")
         for name, part in parts.items():
-            part.load_state_dict(shared[0][name])
-        return shared[0]["step"]
+            part.load_state_dict(checkpoint[name])
+    ranks = [(checkpoint["step"], args.images)] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, ranks[0])
+    if len(set(ranks)) > 1:
+        raise vit.InputError(f"ranks differ in (step, images): {ranks}")
     if RANK == 0:
-        out = args.out.absolute()
-        if (out / "config.json").exists() or path.exists():
-            free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
-            old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} already contains a run: renamed to {old}")
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"new run in {out}")
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
-    return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(args.out / "config.json", "w" if args.resume else "x") as file:
+                json.dump(vars(args), file, indent=1, default=str)
+        except FileExistsError:
+            raise vit.InputError(f"{args.out} holds a run: --resume, or another --out") from None
+        (args.out / "log.jsonl").write_text(checkpoint["log"])  # drops later lines
+    return checkpoint["step"]
 
 
 def save(args, name, step, **parts):
-    """Writes a temporary file, flushes it to disk, renames it: never half a checkpoint."""
-    path, temporary = args.out / name, args.out / f"{name}.tmp"
+    """Writes a checkpoint beside the old one, then renames it."""
     state = {part: module.state_dict() for part, module in parts.items()}
-    state.update(step=step, config={**vars(args), "out": str(args.out)})
-    state["log"] = (args.out / "log.jsonl").read_text()
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise UserError(f"step {step}: a weight is not finite; {path} is unchanged")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is unchanged") from None
+        raise vit.InputError(f"step {step}: a weight is not finite, {name} is unchanged")
+    config = {**vars(args), "out": str(args.out)}
+    state.update(step=step, config=config, log=(args.out / "log.jsonl").read_text())
+    torch.save(state, args.out / "saving.tmp")
+    os.replace(args.out / "saving.tmp", args.out / name)
 
 
 class Log:
-    """Keeps the scalars of the last steps, on the device, until `write` logs their means."""
+    """Sums scalars on the device; `write` prints and files their means over steps and ranks."""
 
-    def __init__(self, args, step, steps):
-        self.args, self.window, self.waited, self.since = args, [], 0.0, time.time()
-        self.bar = tqdm(total=steps, initial=step, disable=RANK > 0 or not sys.stderr.isatty())
+    def __init__(self, args, scaler):
+        self.args = args
+        self.scaler = scaler
+        self.clear()
 
-    def next(self, batches):
-        """The next batch; its time counts as waiting for data."""
+    def clear(self):
+        self.sums = {}
+        self.parts = 0
+        self.waited = 0.0
+        self.since = time.time()
+
+    def timed(self, batches):  # the time that they take to come is logged as data_wait
         began = time.time()
-        batch = next(batches)
-        self.waited += time.time() - began
-        return batch
+        for batch in batches:
+            self.waited += time.time() - began
+            yield batch
+            began = time.time()
 
-    def write(self, step, stop, **entry):
-        """Logs means over steps and ranks; returns whether any rank is to stop. UserError."""
-        table = torch.stack([torch.stack(list(scalars.values())) for scalars in self.window]).float()
-        stopping = table.new_tensor(bool(stop))
+    def add(self, **scalars):  # tensors of a micro-batch, on the device
+        for name, scalar in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + scalar.detach()
+        self.parts += 1
+
+    def write(self, step, **entry):
+        """Adds a line to log.jsonl, or raises InputError, on all ranks, if it is not finite."""
+        means = torch.stack(list(self.sums.values())).float() / self.parts / WORLD
         if WORLD > 1:
-            dist.all_reduce(stopping)
-            dist.all_reduce(table)
-        table = table.cpu() / WORLD    # (steps, scalars), grad_norm last
-        required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
-        bad = (~required.isfinite().all(dim=1)).tolist()
-        if any(bad):
-            raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
-                            "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
-        speed = len(table) * self.args.batch_size / seconds
-        entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
-        entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}
+            dist.all_reduce(means)
+        entry = {"step": step, **dict(zip(self.sums, means.tolist())), **entry}
+        if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
+            del entry["grad_norm"]  # fp16 skipped this step
+        if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
+                                 "--clip-grad 1, a lower --base-lr")
+        seconds = time.time() - self.since
+        images = self.args.batch_size * self.parts / self.args.accum
+        entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}
+        tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in entry.items()))
         if RANK == 0:
-            with (self.args.out / "log.jsonl").open("a") as file:
+            with open(self.args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.bar.update(step - self.bar.n)
-            tqdm.write("  ".join(f"{name} {value:g}" for name, value in entry.items()))
-        self.window, self.waited, self.since = [], 0.0, time.time()
-        return stopping.item() > 0
+        self.clear()
 
-
-# ======================================== the end of the plumbing
 
 if __name__ == "__main__":
-    run(main)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except vit.InputError as error:  # a worker's has its traceback in front
+        print("error:", str(error).rpartition("InputError: ")[2].strip(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: --resume continues", file=sys.stderr)
+        sys.exit(130)

@@ -5,7 +5,7 @@
     python tests/bench.py mae finetune --batch-size 256 --compile    # on a GPU: bf16
     python tests/bench.py throughput --arch tiny --batch-size 1024   # Table 2's columns
 
-Parts: load (decode, crop, flip, per core), views (MoCo-v3's two views, per core), toy (what loading costs of a toy
+Parts: load (decode, crop, flip, per core), views (MoCo-v3's and DINO's samples, per core), toy (what loading costs of a toy
 step), memory (of a loading worker, Linux), mae, finetune, mocov3, distill (training steps of the network alone), end (a run of mae.py against its network
 alone), cka (layer similarity), throughput. Machines are noisy: rounds of the ways alternate, and the ratio is the
 median over rounds.
@@ -198,21 +198,6 @@ def photographs(args):
     return folder
 
 
-def per_core(title, args, usual, transform, crops):
-    """Random views of photographs in processor time of one core: torchvision's usual pipeline on PIL, and here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    settings = mae.parse(["--data", photographs(args), "--crops-per-image", str(crops)], {**mae.SETTINGS, **mae.TRAINING}, out="")
-    data = mae.open_data(settings, train=True)
-    paths = [path for path, _ in data.samples][:100]
-    stream = mae.Stream(len(paths), 0, functools.partial(mae.make_sample, data, transform, settings))
-    ways = {"plain: PIL, one decoding a crop": lambda: [usual(Image.open(p).convert("RGB")) for p in paths for _ in range(crops)],
-            "here": lambda: [stream[v] for v in range(len(paths))]}
-    seconds = alternate(ways, args.rounds, clock=time.process_time)
-    report(f"{title}, {crops} a decoded image, {len(paths)} JPEGs", crops * len(paths), "crops", seconds)
-    torch.set_num_threads(threads)
-
-
 def part_load(args):
     """One core: crops of photographs by torchvision's usual pipeline on PIL, and mae.py's samples."""
     usual = transforms.Compose([
@@ -244,12 +229,51 @@ def part_load(args):
 
 
 def part_views(args):
-    def views(kit, last):
-        jitter = kit.RandomApply([kit.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
-        blur = kit.GaussianBlur(23, (0.1, 2.0))
-        return kit.Compose([kit.RandomResizedCrop(224), jitter, kit.RandomGrayscale(0.2), blur, kit.RandomHorizontalFlip(), *last])
-    last = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
-    per_core("MoCo-v3's views, one core", args, views(transforms, last), views(v2, []), 2)
+    """One core: samples of mocov3.py and dino.py, and as v2's transforms make them from 8 bits."""
+    import dino
+    import mocov3
+    words = ["--data", photographs(args)]
+
+    def plain_view(samples, crop, blur, *last):
+        jitter = v2.RandomApply([samples.jitter], p=0.8)
+        return v2.Compose([crop, jitter, v2.RandomGrayscale(0.2), blur, *last, v2.RandomHorizontalFlip()])
+
+    def measure(title, module, samples, views):
+        number = min(100, len(samples.data))
+
+        def plain():
+            for v in range(number):
+                image, _ = samples.data[module.shuffled(v, len(samples.data), 0)]
+                for view in views:
+                    view(image)
+
+        def here():
+            for v in range(number):
+                samples[v]
+        ways = {"plain: v2, blur in two dimensions": plain, "here": here}
+        seconds = alternate(ways, args.rounds, clock=time.process_time)
+        report(f"{title}, one core, {number} JPEGs", number, "samples", seconds)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    blur = v2.GaussianBlur(23, (0.1, 2.0))
+    seldom = v2.RandomApply([blur], p=0.1)
+    often = v2.RandomApply([blur], p=0.5)
+    solarize = v2.RandomSolarize(threshold=128, p=0.2)
+
+    settings = mocov3.parse(words, mocov3.settings, mocov3.PRESETS, out="")
+    samples = mocov3.Samples(mocov3.open_data(settings, train=True), settings)
+    first = plain_view(samples, samples.crop, blur)
+    second = plain_view(samples, samples.crop, seldom, solarize)
+    measure("MoCo-v3: two views of an image", mocov3, samples, [first, second])
+
+    settings = dino.parse(words, dino.settings, dino.PRESETS, out="")
+    samples = dino.Samples(dino.open_data(settings, train=True), settings)
+    first = plain_view(samples, samples.global_crop, blur)
+    second = plain_view(samples, samples.global_crop, seldom, solarize)
+    local = plain_view(samples, samples.local_crop, often)
+    views = [first, second] + [local] * settings.local_crops
+    measure("DINO: ten crops of an image", dino, samples, views)
+    torch.set_num_threads(threads)
 
 
 def part_toy(args):
@@ -338,7 +362,7 @@ def part_cka(args):
 
 def part_throughput(args):
     """Images per second in evaluation and parameters (Table 2)."""
-    model = vit.ARCHS[args.arch](num_classes=1000).to(DEVICE).eval()
+    model = vit.ARCHS[args.arch](num_classes=1000, num_heads=args.num_heads).to(DEVICE).eval()
     if args.compile:
         model.compile()
     batch_size = args.batch_size or (32 if DEVICE.type == "cpu" else 1024)
@@ -348,7 +372,8 @@ def part_throughput(args):
     def forward():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.amp):
             model(images)
-    seconds = alternate({f"ViT-{args.arch}": forward}, args.rounds)
+    way = f"ViT-{args.arch}, {args.num_heads} heads"
+    seconds = alternate({way: forward}, args.rounds)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     report(f"Throughput, {parameters:.2f}M parameters, 224 px, batch {batch_size}", batch_size, "images", seconds)
 
@@ -362,6 +387,7 @@ def main():
     parser.add_argument("--data", help="a folder of JPEGs")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--arch", choices=vit.ARCHS, default="tiny")
+    parser.add_argument("--num-heads", type=int, default=12, help="in throughput; DeiT-Tiny: 3")
     parser.add_argument("--amp", action="store_true", help="bf16 in throughput")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
