@@ -1,42 +1,43 @@
 """Detection: a pre-trained ViT-Tiny as the backbone of Mask R-CNN (ViTDet, Li et al., 2022).
 
-Mask R-CNN needs large images and maps at several scales; a plain ViT has one scale and attends to everything.
-So most blocks attend inside windows, and a pyramid is made from the last map. The rest is torchvision's, set
-as in ViTDet. COCO's average precision is computed by hand.
+Mask R-CNN needs large images and maps at several scales; a plain ViT has one scale and attends to
+everything. So most blocks attend inside windows, and a pyramid is made from the last map. The rest
+is torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
 
-    laptop    python detect.py                          # synthetic scenes, no download, three minutes
-              python detect.py --init runs/mae/last.pt  # from the encoder of `python mae.py`
-    one GPU   python detect.py --data COCO --init mae_tiny.pth --accum 8    # --preset small: 224 px
-    8 GPUs    torchrun --nproc_per_node=8 detect.py --data COCO --init mae_tiny.pth  # the authors' run
-    evaluate  python detect.py --data COCO --init runs/detect/last.pt --eval-only    # writes beside it
-COCO holds annotations/instances_{train,val}2017.json, train2017/, val2017/. Results in --out: config.json,
-log.jsonl, last.pt, detections.json, detections.png. N ranks do not repeat the run of one, as each draws the
-anchors and boxes that it trains on; weights stay equal.
-Shapes: B images, D width, h heads, d = D / h; boxes are (x1, y1, x2, y2). Read up to the end of `train`.
+    python detect.py                          # a laptop: synthetic scenes, minutes
+    python detect.py --init runs/mae/last.pt  # from the encoder of `python mae.py`
+    python detect.py --data DIR --init mae_tiny.pth --accum 8  # one GPU; --preset small: 224 px
+    torchrun --nproc_per_node=8 detect.py --data DIR --init mae_tiny.pth  # the authors' run
+    python detect.py --data DIR --init runs/detect/last.pt --eval-only    # writes beside it
+
+DIR: COCO's annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/
+and valid/. Results in --out: config.json, log.jsonl, last.pt, detections.json, detections.png.
+Ranks draw their own anchors and boxes to train on: N ranks do not repeat the run of one.
+Shapes: B images, D width, h heads, d = D / h, S image side; boxes are (x1, y1, x2, y2).
 """
 import argparse
-import hashlib
+import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
-import traceback
+from operator import itemgetter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
-from torch import nn
+from PIL import Image, ImageDraw, ImageOps
+from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn, rpn
-from torchvision.ops import MultiScaleRoIAlign, box_area, masks_to_boxes
+from torchvision.models import convnext
+from torchvision.models.detection import (
+    MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn, roi_heads, rpn, transform)
+from torchvision.ops import MultiScaleRoIAlign, box_area, masks_to_boxes, poolers, roi_align
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -45,34 +46,27 @@ import vit
 
 # ------------------------------------------------------------ the method
 
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over C of `(B, C, H, W)`."""
-
-    def __init__(self, channels):
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+LayerNorm2d = functools.partial(convnext.LayerNorm2d, eps=1e-6)  # over C of (B, C, H, W)
 
 
 def to_windows(x, size):
-    """`(B, H, W, D) -> (B * windows, size * size, D)`, padded with zeros at the bottom and right."""
+    """`(B, H, W, D) -> (B * windows, size * size, D)`, zeros added at the bottom and right."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
-    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))    # (B, rows, size, columns, size, D)
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (B, rows, size, columns, size, D)
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def from_windows(windows, size, H, W):
     """`(B * windows, size * size, D) -> (B, H, W, D)`: the inverse of `to_windows`."""
-    rows, columns = math.ceil(H / size), math.ceil(W / size)
-    x = windows.unflatten(1, (size, size)).unflatten(0, (-1, rows, columns))
+    shape = (-1, math.ceil(H / size), math.ceil(W / size))
+    x = windows.unflatten(1, (size, size)).unflatten(0, shape)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
 class RelativeAttention(vit.Attention):
     """Attention that also knows how far apart two tokens of a `side x side` map are (MViTv2).
 
-    scores[i, j] = q_i k_j / sqrt(d) + q_i R_h[row_i - row_j] + q_i R_w[column_i - column_j]
+        scores[i, j] = q_i k_j / sqrt(d) + q_i R_h[row_i - row_j] + q_i R_w[column_i - column_j]
 
     The tables R, `(2 side - 1, d)`, are zero at first: pre-trained attention is unchanged.
     """
@@ -82,739 +76,910 @@ class RelativeAttention(vit.Attention):
         self.side = side
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
-        i, eye = torch.arange(side), torch.eye(side)
-        place = torch.cat([eye.repeat_interleave(side, dim=0), eye.repeat(side, 1)], dim=1)
-        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)    # rows of R
-        self.register_buffer("place", place, persistent=False)    # (N, 2 side)
+        i = torch.arange(side)
+        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)  # rows of R
+        rows = torch.eye(side).repeat_interleave(side, dim=0)  # one-hot, (N, side)
+        columns = torch.eye(side).repeat(side, 1)
+        self.register_buffer("place", torch.cat([rows, columns], dim=1), persistent=False)
 
     def heads(self, x):
-        """Longer q, k, `(B, h, N, d + 2 side)`: q has terms for all rows and columns, k a one at its own."""
+        """q with a term for each row and column, k with ones at its own: the sum above is q k."""
         q, k, v = super().heads(x)
         grid = q.unflatten(2, (self.side, self.side))
         rows = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[self.apart])
         columns = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[self.apart])
-        relative = torch.cat([rows, columns], dim=-1).flatten(2, 3)    # (B, h, N, 2 side)
+        relative = torch.cat([rows, columns], dim=-1).flatten(2, 3)  # (B, h, N, 2 side)
         q = torch.cat([q * q.shape[-1] ** -0.5, relative], dim=-1)
         k = torch.cat([k, self.place.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
-        return q * q.shape[-1] ** 0.5, k, v    # attention divides by sqrt(d + 2 side)
+        zeros = (0, -q.shape[-1] % 8)  # a GPU's fast attention needs multiples of 8
+        q = F.pad(q, zeros)
+        return q * q.shape[-1] ** 0.5, F.pad(k, zeros), v  # attention divides by this root
 
 
 class SimplePyramid(nn.Module):
-    """A plain ViT's last map at 4, 2, 1, 1/2 times its size, and one more by subsampling (ViTDet, Fig. 2).
+    """A plain ViT's last map at 4, 2, 1, 1/2 and 1/4 times its size (ViTDet, Fig. 2).
 
-    Blocks attend inside windows, except the last of each quarter (2, 5, 8, 11 of twelve). The encoder's
-    position is now trained; its class token and norm go unused. No map has a stride below 2 pixels.
+    Blocks attend inside windows, except the last of each quarter. The encoder's position is now
+    trained; its class token and norm go unused. No map has a stride below 2 pixels.
     """
 
     def __init__(self, encoder, img_size, window=14, channels=256):
         super().__init__()
-        depth, D = len(encoder.blocks), encoder.embed_dim
-        self.encoder, self.window, self.out_channels = encoder, window, channels
-        self.global_blocks = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        self.encoder = encoder
+        self.window = window
+        self.out_channels = channels
+        self.global_blocks = [len(encoder.blocks) * k // 4 - 1 for k in (1, 2, 3, 4)]
         encoder.norm = encoder.fc_norm = encoder.head = nn.Identity()
         encoder.cls_token.requires_grad_(False)
         encoder.pos_embed.requires_grad_(True)
+        D = encoder.embed_dim
         for i, block in enumerate(encoder.blocks):
             side = img_size // encoder.patch_size if i in self.global_blocks else window
             attention = RelativeAttention(D, block.attn.num_heads, side)
             attention.load_state_dict(block.attn.state_dict(), strict=False)
             block.attn = attention
-        up = [nn.ConvTranspose2d(D // k, D // k // 2, 2, stride=2) for k in (1, 2, 1)]
-        scales = [s for s in (4, 2, 1, 0.5) if encoder.patch_size / s >= 2]
-        self.strides = [int(encoder.patch_size / s) for s in (*scales, 0.25)]
-        resize = {4: [up[0], LayerNorm2d(D // 2), nn.GELU(), up[1]], 2: [up[2]], 1: [], .5: [nn.MaxPool2d(2)]}
-        self.levels = nn.ModuleList(nn.Sequential(
-            *resize[s], nn.Conv2d(D // max(1, int(s)), channels, 1, bias=False), LayerNorm2d(channels),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)) for s in scales)
+        four = [nn.ConvTranspose2d(D, D // 2, 2, stride=2), LayerNorm2d(D // 2), nn.GELU(),
+                nn.ConvTranspose2d(D // 2, D // 4, 2, stride=2)]
+        two = [nn.ConvTranspose2d(D, D // 2, 2, stride=2)]
+        resize = {4: (four, D // 4), 2: (two, D // 2), 1: ([], D), 0.5: ([nn.MaxPool2d(2)], D)}
+        scales = [scale for scale in resize if encoder.patch_size / scale >= 2]
+        self.strides = [int(encoder.patch_size / scale) for scale in (*scales, 0.25)]
+        self.levels = nn.ModuleList()
+        for layers, width in [resize[scale] for scale in scales]:
+            self.levels.append(nn.Sequential(
+                *layers, nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)))
 
     def encode(self, images):
-        """The map after the last block, `(B, D, H, W)`, H and W in patches."""
-        H, W = (side // self.encoder.patch_size for side in images.shape[-2:])
-        x = self.encoder.embed(images)    # (B, L, D)
+        """The last map, `(B, D, H, W)`, H and W in patches."""
+        H, W = [side // self.encoder.patch_size for side in images.shape[-2:]]
+        x = self.encoder.embed(images)  # (B, L, D)
         for i, block in enumerate(self.encoder.blocks):
             size = max(H, W) if i in self.global_blocks else self.window
             windows = to_windows(block.norm1(x).unflatten(1, (H, W)), size)
             attended = from_windows(block.attn(windows), size, H, W)
             x = x + block.stochastic_depth(attended.flatten(1, 2))
-            x = x + block.stochastic_depth(block.mlp(block.norm2(x)))    # per token: no windows
+            x = x + block.stochastic_depth(block.mlp(block.norm2(x)))  # per token: no windows
         return x.transpose(1, 2).unflatten(2, (H, W))
 
     def forward(self, images):
-        """Images `(B, 3, S, S)` to maps `(B, channels, S / stride, S / stride)`, the largest first."""
+        """`(B, 3, S, S)` -> `{level: (B, channels, S / stride, S / stride)}`."""
         x = self.encode(images)
         maps = [level(x) for level in self.levels]
         maps.append(F.max_pool2d(maps[-1], 1, stride=2))
         return dict(enumerate(maps))
 
 
-def detector(args, num_classes):
-    """torchvision's Mask R-CNN with ViTDet's settings; class 0 is the background, images are 0 to 255.
+HEADS = {
+    "toy": dict(channels=48, features=128, proposals=100, anchors=64, boxes=32),
+    "small": dict(channels=64, features=256, proposals=300, anchors=256, boxes=128),
+    "full": dict(channels=256, features=1024, proposals=1000, anchors=256, boxes=512)}
 
-    `model(images, targets)` is a dict of losses; in evaluation `model(images)` lists dicts of boxes `(n, 4)`,
-    labels, scores `(n,)` and masks `(n, 1, H, W)` in 0..1.
+
+def detector(args, num_classes):
+    """torchvision's Mask R-CNN with ViTDet's settings; class 0 is the background.
+
+    `model(images, targets)` of images `(3, H, W)`, 0 to 255, gives losses; in evaluation
+    `model(images)` gives boxes `(n, 4)`, labels, scores `(n,)`, masks `(n, 1, H, W)` of each.
     """
+    align_torchvision()
     encoder = vit.ARCHS[args.arch](args.pretrain_size, args.patch_size, num_heads=args.num_heads)
-    C, box_features, proposals, rpn_samples, box_samples = HEADS[args.heads]
-    backbone = SimplePyramid(encoder, args.img_size, args.window, C)
-    S, strides, maps = args.img_size, backbone.strides, list(range(len(backbone.levels)))
-    anchors = anchor_utils.AnchorGenerator([(8 * s,) for s in strides], [(0.5, 1.0, 2.0)] * len(strides))
+    sizes = HEADS[args.heads]
+    C = sizes["channels"]
+    S = args.img_size
+    proposals = sizes["proposals"]
+    backbone = SimplePyramid(encoder, S, args.window, C)
+    maps = list(range(len(backbone.levels)))
     model = MaskRCNN(
-        backbone, image_mean=MEAN.flatten().tolist(), image_std=STD.flatten().tolist(),
-        min_size=S, max_size=S, size_divisible=S,    # longest side; padded to a square
-        rpn_anchor_generator=anchors, rpn_head=rpn.RPNHead(C, 3, conv_depth=2),
-        rpn_batch_size_per_image=rpn_samples, box_batch_size_per_image=box_samples,
+        backbone, image_mean=vit.MEAN.flatten().tolist(), image_std=vit.STD.flatten().tolist(),
+        min_size=S, max_size=S, size_divisible=S,  # longest side; padded to a square
+        rpn_anchor_generator=unrounded_anchors(backbone.strides),
+        rpn_head=rpn.RPNHead(C, 3, conv_depth=2), rpn_batch_size_per_image=sizes["anchors"],
         rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
         rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
-        box_roi_pool=MultiScaleRoIAlign(maps, 7, 0),
-        box_head=faster_rcnn.FastRCNNConvFCHead((C, 7, 7), [C] * 4, [box_features], LayerNorm2d),
-        box_predictor=faster_rcnn.FastRCNNPredictor(box_features, num_classes + 1),
+        box_batch_size_per_image=sizes["boxes"], box_roi_pool=MultiScaleRoIAlign(maps, 7, 0),
+        box_head=faster_rcnn.FastRCNNConvFCHead(
+            (C, 7, 7), [C] * 4, [sizes["features"]], LayerNorm2d),
+        box_predictor=faster_rcnn.FastRCNNPredictor(sizes["features"], num_classes + 1),
         mask_roi_pool=MultiScaleRoIAlign(maps, 14, 0),
         mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1, LayerNorm2d),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, num_classes + 1))
-    # Positions stay float32 (bf16 rounds 600 to a multiple of 4): anchors take their type from maps, boxes
-    # from predictions. Maps cover the padded square; torchvision would take the first image's size.
-    head, box, mask = model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor
-    for part in (*backbone.levels, head.cls_logits, head.bbox_pred, *box.children(), mask.mask_fcn_logits):
-        part.register_forward_hook(lambda module, inputs, output: output.float())
-    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
-        pool.register_forward_pre_hook(lambda module, inputs: (*inputs[:2], [(S, S)]))
+    keep_boxes_in_float32(model)
+    scale_by_the_square(model, S)
     return model
+
+
+def unrounded_anchors(strides):
+    """Three a place, of area (8 stride)^2; torchvision rounds their sides to pixels."""
+    anchors = anchor_utils.AnchorGenerator([[8 * s] for s in strides], [[0.5, 1, 2]] * len(strides))
+    height = torch.tensor([0.5, 1, 2]).sqrt()
+    corner = torch.stack([1 / height, height], dim=1) / 2
+    anchors.cell_anchors = [8 * s * torch.cat([-corner, corner], dim=1) for s in strides]
+    return anchors
+
+
+def keep_boxes_in_float32(model):
+    """bf16 rounds 600 pixels to a multiple of 4; anchors take their type from the maps."""
+    heads = model.roi_heads
+    for part in (*model.backbone.levels, model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
+                 *heads.box_predictor.children(), heads.mask_predictor.mask_fcn_logits):
+        part.register_forward_hook(to_float32)
+
+
+def to_float32(module, inputs, output):
+    return output.float()
+
+
+def scale_by_the_square(model, S):
+    """Maps cover the padded square; torchvision would take the size of the first image."""
+    def replace_sizes(pool, inputs):
+        maps, boxes, _ = inputs
+        return maps, boxes, [(S, S)]
+
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(replace_sizes)
+    model.roi_heads.mask_roi_pool.register_forward_pre_hook(replace_sizes)
+
+
+def align_torchvision():
+    """Replaces functions of torchvision that are half a pixel off by those of detectron2."""
+    poolers.roi_align = aligned_roi_align
+    roi_heads.project_masks_on_boxes = mask_targets
+    transform.paste_masks_in_image = paste_masks
+
+
+def aligned_roi_align(maps, rois, output_size, spatial_scale, sampling_ratio):
+    return roi_align(maps, rois, output_size, spatial_scale, sampling_ratio, aligned=True)
+
+
+def mask_targets(masks, boxes, matched, size):
+    """What boxes `(n, 4)` show of `masks[matched]`, `(n, size, size)`, 0 or 1."""
+    rois = torch.cat([matched[:, None], boxes], dim=1)
+    return (roi_align(masks[:, None].float(), rois, size, aligned=True)[:, 0] >= 0.5).float()
+
+
+def paste_masks(masks, boxes, size):
+    """Masks `(n, 1, M, M)` of boxes in an image of `size`: `(n, 1, H, W)`, bilinear."""
+    rows = pixel_weights(boxes[:, 1], boxes[:, 3], size[0], masks.shape[-1])
+    columns = pixel_weights(boxes[:, 0], boxes[:, 2], size[1], masks.shape[-1])
+    return rows @ masks @ columns.transpose(2, 3)
+
+
+def pixel_weights(low, high, pixels, M):
+    """How much of M values between low and high a pixel takes, `(n, 1, pixels, M)`."""
+    center = torch.arange(pixels, device=low.device) + 0.5
+    place = (center - low[:, None]) / (high - low)[:, None] * M - 0.5
+    distance = place[:, None, :, None] - torch.arange(M, device=low.device)
+    return (1 - distance.abs()).clamp(min=0)
 
 
 # ------------------------------------------------------------ average precision
 
-# A detection hits an object of its class if they overlap by a threshold. Each, best first, adds a point
-# (recall, precision); AP is the area under this curve, read at 101 recalls, averaged over ten thresholds.
+# A detection hits an object if they overlap by a threshold. Each, best first, adds a point (recall,
+# precision); AP is the area under this curve, a mean over ten thresholds and all classes.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-AREAS = np.array([[0, 1e10], [0, 1024], [1024, 9216], [9216, 1e10]])    # all, small, medium, large
-
-
-def outside(areas):
-    """Which of n areas are outside the four ranges: `(4, n)`."""
-    return (areas < AREAS[:, :1]) | (areas > AREAS[:, 1:])
-
-
-def match(iou, ignored, crowd):
-    """Which object each detection of one class in one image hits, best first; -1 for none.
-
-    iou `(n, m)`; ignored `(4, m)`: does not count in an area range; crowd `(m,)`: may be hit many times.
-    Returns `(4, 10, n)`: area ranges, thresholds, detections.
-    """
-    n, m = iou.shape
-    taken = np.zeros((4, 10, m), bool)
-    objects = np.full((4, 10, n), -1)
-    for i in range(n if m else 0):
-        fits = (iou[i] >= THRESHOLDS[:, None]) & (~taken | crowd)    # (4, 10, m)
-        counting = fits & ~ignored[:, None]
-        allowed = np.where(counting.any(axis=-1, keepdims=True), counting, fits)
-        best = m - 1 - np.where(allowed, iou[i], -1)[..., ::-1].argmax(axis=-1)    # a tie: the last
-        objects[..., i] = np.where(allowed.any(axis=-1), best, -1)
-        taken |= objects[..., i, None] == np.arange(m)
-    return objects
-
-
-def average_precision(records, num_classes, kind):
-    """COCO's six numbers in percent, where there are objects; kind is "box" or "mask".
-
-    records: `compare` of each image, sorted by image id (which orders equal scores).
-    """
-    found = [[] for _ in range(num_classes)]    # scores, hits, which do not count
-    objects = np.zeros((num_classes, 4), int)
-    for r in records:
-        for c in np.union1d(r["labels"], r["true_labels"]):
-            ours, true = np.flatnonzero(r["labels"] == c), np.flatnonzero(r["true_labels"] == c)
-            ours = ours[np.argsort(-r["scores"][ours], kind="stable")][:100]
-            crowd = r["crowd"][true]
-            ignored = outside(r["true_area"][true]) | crowd
-            which = match(r[kind + "_iou"][np.ix_(ours, true)], ignored, crowd)    # (4, 10, n)
-            hit = which >= 0
-            on_ignored = np.pad(ignored, ((0, 0), (0, 1)))[np.arange(4)[:, None, None], which]    # -1: no
-            skip = on_ignored | (~hit & outside(r[kind + "_area"][ours])[:, None])
-            found[c].append((r["scores"][ours], hit & ~skip, skip))
-            objects[c] += (~ignored).sum(axis=1)
-    table = np.full((num_classes, 4, 10), np.nan)
-    for c in np.flatnonzero(objects.any(axis=1)):
-        scores, hit, skip = (np.concatenate(parts, axis=-1) for parts in zip(*found[c]))
-        order = np.argsort(-scores, kind="stable")
-        hits, counted = hit[..., order].cumsum(axis=-1), (~skip[..., order]).cumsum(axis=-1)
-        precision = hits / np.maximum(counted, 1)
-        precision = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
-        precision = np.pad(precision, ((0, 0), (0, 0), (0, 1)))    # 0: recall not reached
-        for a, t in np.ndindex(4, 10):
-            if objects[c, a]:
-                at = np.searchsorted(hits[a, t] / objects[c, a], RECALLS)
-                table[c, a, t] = precision[a, t, at].mean()
-    numbers = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5],
-               "APs": table[:, 1], "APm": table[:, 2], "APl": table[:, 3]}
-    return {name: 100 * float(np.nanmean(n)) for name, n in numbers.items() if not np.isnan(n).all()}
+AREAS = [(0, 1e10), (0, 1024), (1024, 9216), (9216, 1e10)]  # all, small, medium, large: pixels
 
 
 def compare(output, truth):
-    """What AP needs from an image: overlaps `(n, m)`, areas, scores, labels from 0; numpy arrays."""
-    def overlap(intersection, area, true_area):    # of a crowd: the share of the detection inside it
-        union = torch.where(truth["crowd"], area[:, None], area[:, None] + true_area - intersection)
-        return intersection / union.clamp(min=1e-9)
-
+    """What AP needs of an image, `{"box" or "mask": {class: lists}}`; detections are best first."""
+    order = output["scores"].argsort(descending=True, stable=True)
+    output = {name: tensor[order] for name, tensor in output.items()}
     boxes, true_boxes = output["boxes"].double(), truth["boxes"].double()
     low = torch.maximum(boxes[:, None, :2], true_boxes[:, :2])
-    sides = torch.minimum(boxes[:, None, 2:], true_boxes[:, 2:]) - low
-    box_areas = box_area(boxes), box_area(true_boxes)
-    masks, true_masks = output["masks"].flatten(1).float(), truth["masks"].flatten(1).float()
-    mask_areas = masks.sum(dim=1).double(), true_masks.sum(dim=1).double()
-    record = {
-        "scores": output["scores"].double(), "labels": output["labels"] - 1,
-        "true_labels": truth["labels"] - 1, "true_area": truth["area"], "crowd": truth["crowd"],
-        "box_area": box_areas[0], "box_iou": overlap(sides.clamp(min=0).prod(dim=2), *box_areas),
-        "mask_area": mask_areas[0], "mask_iou": overlap((masks @ true_masks.T).double(), *mask_areas),
-    }
-    return {name: value.numpy() for name, value in record.items()}
+    high = torch.minimum(boxes[:, None, 2:], true_boxes[:, 2:])
+    masks, true_masks = [each["masks"].flatten(1).float() for each in (output, truth)]
+    sizes = {  # of the intersections `(n, m)`, the n detections, the m objects
+        "box": ((high - low).clamp(min=0).prod(dim=2), box_area(boxes), box_area(true_boxes)),
+        "mask": ((masks @ true_masks.T).double(), masks.sum(dim=1), true_masks.sum(dim=1))}
+    record = {"box": {}, "mask": {}}
+    for kind, (shared, area, true_area) in sizes.items():
+        union = torch.where(truth["crowd"], area[:, None], area[:, None] + true_area - shared)
+        overlaps = shared / union.clamp(min=1e-9)  # of a crowd: the share inside it
+        for c in {*output["labels"].tolist(), *truth["labels"].tolist()}:
+            ours = (output["labels"] == c).nonzero()[:100, 0]
+            true = (truth["labels"] == c).nonzero()[:, 0]
+            record[kind][c] = {
+                "scores": output["scores"][ours].tolist(), "area": area[ours].tolist(),
+                "overlaps": overlaps[ours][:, true].tolist(),
+                "true_area": truth["area"][true].tolist(), "crowd": truth["crowd"][true].tolist()}
+    return record
+
+
+def class_precision(images, low, high, threshold):
+    """AP of one class, of objects of an area from low to high, at one threshold.
+
+    An object is hit once, a crowd many times; neither crowds nor objects of other areas count.
+    """
+    scores, hits = [], []
+    objects = 0
+    for image in images:
+        crowd = image["crowd"]
+        ignored = [c or not low <= area <= high for c, area in zip(crowd, image["true_area"])]
+        objects += ignored.count(False)
+        taken = set()
+        for score, area, overlaps in zip(image["scores"], image["area"], image["overlaps"]):
+            fits = [j for j, overlap in enumerate(overlaps)
+                    if overlap >= threshold and (crowd[j] or j not in taken)]
+            fits = [j for j in fits if not ignored[j]] or fits  # objects that count come first
+            counts = low <= area <= high
+            if fits:
+                best = max(reversed(fits), key=overlaps.__getitem__)  # of equal ones the last
+                taken.add(best)
+                counts = not ignored[best]
+            if counts:
+                scores.append(score)
+                hits.append(len(fits) > 0)
+    if objects == 0:
+        return math.nan
+    order = np.argsort(-np.array(scores), kind="stable")
+    hits = np.array(hits, bool)[order].cumsum()
+    precision = hits / np.arange(1, len(hits) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or higher
+    at = np.searchsorted(hits / objects, RECALLS)
+    return np.append(precision, 0)[at].mean()  # 0: a recall that is not reached
+
+
+def average_precision(records, num_classes, kind):
+    """COCO's numbers in percent, where there are objects; equals pycocotools to 1e-9.
+
+    records: `compare` of each image, in order of image id; kind: "box" or "mask".
+    """
+    table = np.empty((num_classes, len(AREAS), len(THRESHOLDS)))
+    for c in range(num_classes):
+        images = [record[kind][c + 1] for record in records if c + 1 in record[kind]]
+        for a, t in np.ndindex(table.shape[1:]):
+            table[c, a, t] = class_precision(images, *AREAS[a], THRESHOLDS[t])
+    parts = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5],
+             "APs": table[:, 1], "APm": table[:, 2], "APl": table[:, 3]}
+    return {name: 100 * float(np.nanmean(part)) for name, part in parts.items()
+            if not np.isnan(part).all()}
 
 
 # ------------------------------------------------------------ training
 
-HEADS = {  # channels, features of the box head, proposals, anchors and boxes in the losses
-    "toy": (48, 128, 100, 64, 32), "small": (64, 256, 300, 256, 128), "full": (256, 1024, 1000, 256, 512)}
-SETTINGS = {  # argument:   toy   small  photos (the authors'); meaning; allowed values
-    "arch":          (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
-    "img_size":      ((48, 224, 640), "longest side of the images"),
-    "pretrain_size": ((32, 224, 224), "img_size of pre-training"),
-    "patch_size":    ((4, 16, 16), "side of a patch"),
-    "window":        ((6, 7, 14), "side of a window, in patches", 1, 999),
-    "heads":         (("toy", "small", "full"), "size of the detector's heads", *HEADS),
-    "num_heads":     (12, "of the encoder; DeiT-Tiny has 3", 1, 1000),
-    "min_scale":     ((0.8, 0.5, 0.1), "smallest image, in img_size"),
-    "max_scale":     ((1.25, 2.0, 2.0), "largest image, cropped to img_size"),
-    "epochs":        ((2, 25, 100), "passes over the images", 1, 10 ** 6),
-    "warmup_epochs": ((0.1, 0.136, 0.136), "epochs of warm-up (COCO: 250 steps)", 0, 10 ** 6),
-    "batch_size":    ((4, 16, 64), "images in an update, over ranks, --accum", 1, 10 ** 6),
-    "base_lr":       ((0.064, 1.6e-3, 4e-4), "learning rate per 256 images", 0, 1e12),
-    "weight_decay":  ((0.05, 0.05, 0.05), "AdamW's, not on 1-D tensors and position", 0, 1),
-    "clip_grad":     ((1.0, 1.0, None), "largest norm of the gradient", 1e-9, 1e9),
-    "init":          (None, "start from the encoder in this checkpoint"),
-    "eval_only":     (False, "evaluate the detector in --init"),
-    "scenes":        (1300, "toy scenes to train on", 1, 10 ** 9),
-    "val_scenes":    (150, "toy scenes to evaluate", 1, 10 ** 6),
-}
+def settings(parser):
+    add = parser.add_argument
+    add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
+    add("--img-size", type=count, default=640, help="longest side of the images")
+    add("--pretrain-size", type=count, default=224, help="--img-size of pre-training")
+    add("--patch-size", type=count, default=16, help="patch side in pixels")
+    add("--window", type=count, default=14, help="side of a window, in patches")
+    add("--heads", default="full", choices=HEADS, help="size of the detector's heads")
+    add("--num-heads", type=count, default=12, help="of the encoder; DeiT-Tiny has 3")
+    add("--min-scale", type=amount, default=0.1, help="smallest image, in --img-size")
+    add("--max-scale", type=amount, default=2.0, help="largest image, cropped to --img-size")
+    add("--epochs", type=amount, default=100, help="passes over the images")
+    add("--warmup-epochs", type=amount, default=0.136, help="epochs of rising learning rate")
+    add("--batch-size", type=count, default=64, help="images in an update")
+    add("--base-lr", type=amount, default=4e-4, help="learning rate per 256 images")
+    add("--weight-decay", type=amount, default=0.05, help="not on biases, norms, position")
+    add("--clip-grad", type=amount, help="largest norm of the gradient")
+    add("--init", help="start from the encoder in this file")
+    add("--eval-only", action="store_true", help="evaluate --init, else --out")
+    add("--scenes", type=count, default=1300, help="toy scenes to train on")
+    add("--val-scenes", type=count, default=150, help="toy scenes to evaluate")
 
 
-def make_sample(data, transform, i):
-    """Image i `(3, S, S)`, uint8, and its objects: boxes `(n, 4)`, labels `(n,)`, masks `(n, S, S)`."""
-    image, truth = data[i]
-    image, masks = transform(tv_tensors.Image(image), tv_tensors.Mask(truth["masks"]))
-    kept = masks.sum(dim=(1, 2)) > 0    # some objects lie outside the crop
-    masks = masks[kept]
-    return image, {"boxes": mask_boxes(masks), "labels": truth["labels"][kept], "masks": masks}
+PRESETS = {  # what differs from the authors' recipe above
+    "photos": {},
+    "small": dict(img_size=224, window=7, heads="small", min_scale=0.5, epochs=25, batch_size=16,
+                  base_lr=1.6e-3, clip_grad=1.0),
+    "toy": dict(arch="toy", img_size=48, pretrain_size=32, patch_size=4, window=6, heads="toy",
+                min_scale=0.8, max_scale=1.25, epochs=2, warmup_epochs=0.1, batch_size=4,
+                base_lr=0.064, clip_grad=1.0)}
+
+
+class Samples(Dataset):
+    """Sample v, which follows from (seed, v): image `(3, S, S)`, boxes, labels, masks."""
+
+    def __init__(self, data, args):
+        self.data = data
+        self.seed = args.seed
+        S = args.img_size
+        gray = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: 0}
+        self.transform = v2.Compose([  # large-scale jitter (Ghiasi et al., 2021)
+            v2.RandomHorizontalFlip(),
+            v2.ScaleJitter((S, S), (args.min_scale, args.max_scale)),
+            v2.RandomCrop(S, pad_if_needed=True, fill=gray)])
+
+    def __getitem__(self, v):
+        image, truth = self.data[shuffled(v, len(self.data), self.seed)]
+        image, masks = self.transform(tv_tensors.Image(image), tv_tensors.Mask(truth["masks"]))
+        kept = masks.sum(dim=(1, 2)) > 0  # some objects lie outside the crop
+        return image, mask_boxes(masks[kept]), truth["labels"][kept], masks[kept]
+
+
+def mask_boxes(masks):
+    """Boxes `(n, 4)` around masks `(n, H, W)`, to the far side of the last pixel."""
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+
+
+def collate(samples):
+    """A batch of few tensors, each an open file of a worker: objects are concatenated."""
+    images, *objects = zip(*samples)
+    counts = [len(boxes) for boxes in objects[0]]
+    return torch.stack(images), counts, *[torch.cat(parts) for parts in objects]
 
 
 def step_decay(step, steps, warmup, lr):
-    """Linear warm-up from a thousandth; a tenth after 24/27 of the steps, a hundredth after 26/27."""
+    """Linear warm-up from a thousandth; a tenth after 24/27 of the steps, a hundredth at 26/27."""
     rise = min(1, 0.001 + 0.999 * step / max(1, warmup))
     drops = (step >= steps * 24 / 27) + (step >= steps * 26 / 27)
     return lr * rise * 0.1 ** drops
 
 
 def train(args):
-    device, stop = setup(args)
-    data, validation = open_scenes(args, train=True), open_scenes(args, train=False)
-    transform = v2.Compose([    # large-scale jitter (Ghiasi et al., 2021), gray padding
-        v2.RandomHorizontalFlip(),
-        v2.ScaleJitter((args.img_size, args.img_size), (args.min_scale, args.max_scale)),
-        v2.RandomCrop(args.img_size, pad_if_needed=True,
-                      fill={tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: 0}),
-    ])
-    stream = Stream(data, transform, args.seed)
-    steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
+    device = setup(args)
+    data = open_scenes(args, train=True)
+    validation = open_scenes(args, train=False, classes=data.classes)
+    args.classes = data.classes  # kept in the checkpoint
+
     torch.manual_seed(args.seed)
     model = detector(args, len(data.classes))
     encoder = model.backbone.encoder
-    if args.init and not args.resume:
+    if args.init and not (args.out / "last.pt").exists():
         print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
     model.to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1 and p is not encoder.pos_embed]
-    others = [p for p in model.parameters() if p.ndim == 1 or p is encoder.pos_embed]    # no weight decay
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-                                  weight_decay=args.weight_decay, fused=True)
+    others = [p for p in model.parameters() if p.ndim == 1 or p is encoder.pos_embed]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)
+    done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
     if args.compile:
-        model.backbone.compile(dynamic=False)    # shapes in the heads vary
+        model.backbone.compile(dynamic=False)  # shapes in the heads vary
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
-    end = min(steps, step + (args.max_steps or steps))
-    batches = load(stream, step, end, args)
-    log, last_save, stopping = Log(args, step, steps), time.time(), False
-    while step < end:
-        lr = step_decay(step, steps, warmup, args.base_lr * args.batch_size / 256)
+    autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
+
+    steps = max(1, round(args.epochs * len(data) / args.batch_size))
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
+    end = min(steps, done + args.max_steps) if args.max_steps else steps
+    log = Log(args, scaler)
+    B = args.batch_size  # step s has samples [s B, (s + 1) B)
+    mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
+    batches = log.timed(DataLoader(
+        Samples(data, args), B // (WORLD * args.accum), sampler=mine, collate_fn=collate,
+        num_workers=args.workers, pin_memory=torch.cuda.is_available()))
+    last_save = time.time()
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+        lr = step_decay(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = {}
         for part in range(args.accum):
-            images, targets = zip(*log.next(batches))
-            images = [image.to(device).float() for image in images]
-            targets = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
-            seed = np.random.SeedSequence((args.seed, step, RANK, part)).generate_state(1)[0]
-            torch.manual_seed(int(seed))    # anchors and boxes are chosen at random
+            images, counts, *objects = next(batches)
+            images = images.to(device, non_blocking=True).float()
+            objects = [tensor.to(device, non_blocking=True).split(counts) for tensor in objects]
+            targets = [dict(zip(("boxes", "labels", "masks"), own)) for own in zip(*objects)]
+            # Anchors and boxes are chosen at random, the same ones after a restart.
+            numbers = np.random.SeedSequence((args.seed, step - 1, RANK, part)).generate_state(1)
+            torch.manual_seed(int(numbers[0]))
+            # Gradients are synchronized between ranks on the last micro-batch.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
-                losses = network(images, targets)
-            losses["loss"] = sum(losses.values())
-            scaler.scale(losses["loss"] / args.accum).backward()
-            for name in losses:
-                sums[name] = sums.get(name, 0) + losses[name].detach() / args.accum
-
+                losses = network(list(images), targets)
+            loss = sum(losses.values())
+            scaler.scale(loss / args.accum).backward()
+            log.add(loss=loss, **losses)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        step += 1
-        log.window.append({**sums, "grad_norm": grad_norm})
-        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
-            continue
-
-        stopping = log.write(step, stop, epoch=step * args.batch_size / len(data), lr=lr)
-        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
-            save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
-            last_save = time.time()
-        if stopping:
-            break
-    print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}", flush=True)
-    if not stopping:
-        evaluate(args, model, validation, device, stop, args.out / "detections.json")
+        if step % args.log_every == 0 or step == end:
+            epoch = step * args.batch_size / len(data)
+            log.write(step, epoch=epoch, lr=lr, grad_norm=grad_norm.item())
+            if RANK == 0 and (step == end or time.time() - last_save > 60 * args.save_minutes):
+                save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
+                last_save = time.time()
+    print(f"step {end} of {steps}: {args.out}")
+    evaluate(model, validation, device, args.out / "detections.json")
 
 
 def evaluate_only(args):
-    """--eval-only: the detector in --init; writes beside it."""
-    device, stop = setup(args)
-    data = open_scenes(args, train=False)
-    try:
-        checkpoint = torch.load(args.init, map_location="cpu", weights_only=True)
-        vars(args).update({name: checkpoint["config"][name] for name in list(SETTINGS)[:7]})
-        data.img_size = args.img_size    # of toy scenes
-        model = detector(args, len(data.classes))
-        model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        message = f"--init {args.init}: no detector of {len(data.classes)} classes ({error!r:.200})"
-        raise UserError(message) from None
-    evaluate(args, model.to(device), data, device, stop, Path(args.init).with_name("evaluation.json"))
+    """The detector in --init, or in --out, with its sizes and classes; writes beside it."""
+    device = setup(args)
+    path = Path(args.init or args.out / "last.pt")
+    checkpoint = vit.open_checkpoint(path)
+    config = checkpoint.get("config", {})
+    if "classes" not in config:
+        raise vit.InputError(f"{path}: not a detector of detect.py")
+    for name in ("arch", "img_size", "pretrain_size", "patch_size", "window", "heads", "num_heads"):
+        setattr(args, name, config[name])
+    data = open_scenes(args, train=False, classes=config["classes"])
+    model = detector(args, len(data.classes))
+    model.load_state_dict(checkpoint["model"])
+    evaluate(model.to(device), data, device, path.with_name("evaluation.json"))
 
 
 @torch.no_grad()
-def evaluate(args, model, data, device, stop, path):
-    """Prints and writes AP, each image seen by one rank, and draws some; in float32."""
+def evaluate(model, data, device, path):
+    """Prints and writes AP, and draws; each image is seen by one rank, in float32."""
     model.eval()
-    records, shown = {}, []
-    for i in tqdm(range(RANK, len(data), WORLD), disable=not sys.stderr.isatty()):
-        if stop:
-            return print("interrupted")
+    records = {}
+    shown = []
+    for i in tqdm(range(RANK, len(data), WORLD), disable=None):
         image, truth = data[i]
-        output, = model([image.to(device).float()])
+        output = model([image.to(device).float()])[0]
+        output = {name: tensor.cpu() for name, tensor in output.items()}
         output["masks"] = output["masks"][:, 0] >= 0.5
-        output = {name: part.cpu() for name, part in output.items()}
         records[i] = compare(output, truth)
         if len(shown) < 6:
             shown.append((image, truth, output))
-    gathered = [records] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(gathered, records)
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, records)
+        for part in parts:
+            records.update(part)
     if RANK > 0:
         return
-    records = [gathered[i % WORLD][i] for i in range(len(data))]
-    results = {"images": len(records)}
-    for kind in ("box", "mask"):
-        results[kind] = numbers = average_precision(records, len(data.classes), kind)
-        print(kind, *(f"{name} {number:.1f}" for name, number in numbers.items()))
+    records = [records[i] for i in range(len(data))]
+    results = {"images": len(data)}
+    title = path.stem
+    kinds = ("box", "mask") if data.outlined else ("box",)
+    for kind in kinds:
+        results[kind] = average_precision(records, len(data.classes), kind)
+        title += f", {kind} AP {results[kind]['AP']:.1f}"
+        print(kind, *[f"{name} {number:.1f}" for name, number in results[kind].items()])
     path.write_text(json.dumps(results, indent=1))
-    title = f"box AP {results['box']['AP']:.1f}, mask AP {results['mask']['AP']:.1f}"
     draw_detections(path.with_suffix(".png"), shown, data.classes, title)
 
 
 def draw_detections(path, shown, classes, title):
-    """True objects above, detections below."""
-    figure = Figure((2.4 * len(shown) + 0.4, 5.6), layout="tight")
-    axes = figure.subplots(2, len(shown), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    axes[0, 0].set_ylabel("true")
-    axes[1, 0].set_ylabel("predicted, score >= 0.5")
-    for column, (image, *both) in zip(axes.T, shown):
-        for axis, found in zip(column, both):
+    """Images, true objects, and detections with a score of at least 0.5."""
+    axes = Figure((2.2 * len(shown), 8), layout="tight").subplots(3, len(shown), squeeze=False)
+    for column, (image, truth, output) in zip(axes.T, shown):
+        found = {name: tensor[output["scores"] >= 0.5] for name, tensor in output.items()}
+        for axis, objects in zip(column, ({"labels": []}, truth, found)):
             axis.imshow(image.permute(1, 2, 0).numpy())
-            scores = found.get("scores", torch.ones(len(found["labels"])))
-            for k in (scores >= 0.5).nonzero().flatten():
-                label = int(found["labels"][k]) - 1
-                text = classes[label] + (f" {scores[k]:.2f}" if "scores" in found else "")
-                color = matplotlib.colormaps["tab10"](label % 10)
-                axis.imshow(found["masks"][k, :, :, None].numpy() * np.array([*color[:3], 0.45]))
-                x1, y1, x2, y2 = found["boxes"][k].numpy() - 0.5    # imshow centers the first pixel at 0
-                axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color)
-                axis.text(x1, y1, text, fontsize=6, color="white", backgroundcolor=color)
-    figure.suptitle(title)
-    figure.savefig(path)
+            axis.set(xticks=[], yticks=[])
+            for k, label in enumerate(objects["labels"][:5]):
+                color = colormaps["tab10"](k)
+                if objects["masks"][k].any():
+                    axis.contour(objects["masks"][k].numpy(), [0.5], colors=[color])
+                axis.text(0, -0.1 - 0.1 * k, classes[label - 1], color=color, fontsize=8,
+                          transform=axis.transAxes)
+    for axis, name in zip(axes[:, 0], ("image", "true", "predicted, score >= 0.5")):
+        axis.set_ylabel(name)
+    axes[0, 0].figure.suptitle(title)
+    axes[0, 0].figure.savefig(path)
 
 
 # ------------------------------------------------------------ data: scenes with objects
 
-def open_scenes(args, train):
-    """A split: `data[i] -> (uint8 image (3, H, W), truth)`, with `classes`.
+def open_scenes(args, train, classes=None):
+    """A split: `data[i] -> (uint8 image (3, H, W), truth)`, with `classes`; given: training's.
 
     truth: masks `(n, H, W)`, labels `(n,)` from 1, boxes `(n, 4)`, area `(n,)`, crowd `(n,)`.
     """
-    if args.data == "toy":
-        return ToyScenes(args.scenes if train else args.val_scenes, args.img_size, seed=int(not train))
-    return Coco(Path(args.data), "train2017" if train else "val2017", train)
+    if args.data != "toy":
+        data = Coco(args, train, classes)
+    elif train:
+        data = ToyScenes(args.scenes, args.img_size, seed=0)
+    else:
+        data = ToyScenes(args.val_scenes, args.img_size, seed=1)
+    if classes not in (None, data.classes):
+        raise vit.InputError(f"--data {args.data}: {data.classes}, but training had {classes}")
+    split = "training" if train else "validation"
+    print(f"{split}: {len(data):,} images of {len(data.classes)} classes from {args.data}")
+    return data
 
 
 class ToyScenes(Dataset):
     """Images of one to three of vit.py's shapes."""
     classes = ["circle", "cross", "ring", "triangle"]
+    outlined = True
 
-    def __init__(self, count, img_size, seed):
-        self.count, self.img_size, self.seed = count, img_size, seed
+    def __init__(self, number, img_size, seed):
+        self.number = number
+        self.img_size = img_size
+        self.seed = seed
 
     def __len__(self):
-        return self.count
+        return self.number
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
         labels = rng.integers(len(self.classes), size=rng.integers(1, 4))
         uniform = torch.from_numpy(rng.random((len(labels), 20), dtype=np.float32))
-        uniform[:, 0] -= 5 / 6    # radius 0.3 to 0.6 of half the image
-        uniform[:, 1:3] = 0.5 + (uniform[:, 1:3] - 0.5) * 1.5 / 0.7    # center in the middle three quarters
+        uniform[:, 0] -= 5 / 6  # radius 0.3 to 0.6 of half the image
+        uniform[:, 1:3] = 0.5 + (uniform[:, 1:3] - 0.5) * 1.5 / 0.7  # centers, away from borders
         shapes = [vit.TOY_CLASSES.index(self.classes[label]) for label in labels]
         drawn, masks = vit.draw_shapes(torch.tensor(shapes), uniform, self.img_size)
         image = drawn[0]
-        for k in range(1, len(labels)):    # later ones in front
+        for k in range(1, len(labels)):  # later ones in front
             image = torch.where(masks[k], drawn[k], image)
             masks[:k] &= ~masks[k]
-        area = masks.sum(dim=(1, 2))
-        seen = area > 40    # pixels
-        masks, labels = masks[seen].byte(), torch.from_numpy(labels)[seen] + 1
-        return image, {"masks": masks, "labels": labels, "boxes": mask_boxes(masks),
-                       "area": area[seen].double(), "crowd": labels == 0}
+        seen = masks.sum(dim=(1, 2)) > 40  # pixels
+        masks = masks[seen].byte()
+        labels = torch.from_numpy(labels)[seen] + 1
+        return image, {
+            "masks": masks, "labels": labels, "boxes": mask_boxes(masks),
+            "area": masks.sum(dim=(1, 2)).double(), "crowd": labels == 0}
 
 
 class Coco(Dataset):
-    """COCO's folder. For training: no crowds, no images without objects."""
+    """A split in COCO's format. For training: no crowds, no images without objects."""
 
-    def __init__(self, root, split, train):
-        path, folder = root / "annotations" / f"instances_{split}.json", root / split
-        listing = json.loads(path.read_text())
-        categories = sorted(listing["categories"], key=lambda c: c["id"])
-        self.classes = [c["name"] for c in categories]
-        labels = {c["id"]: k for k, c in enumerate(categories, 1)}    # ids have gaps
-        objects = {image["id"]: [] for image in listing["images"]}
-        for a in listing["annotations"]:
-            if a["category_id"] not in labels or a["image_id"] not in objects:
-                raise UserError(f"{path}: no category {a['category_id']} or no image {a['image_id']}")
-            if not (train and a["iscrowd"]):
-                values = (a[name] for name in ("segmentation", "bbox", "area", "iscrowd"))
-                objects[a["image_id"]].append((labels[a["category_id"]], *values))
-        self.root, self.samples = str(folder), []
-        present = set(os.listdir(folder))
-        for image in sorted(listing["images"], key=lambda image: image["id"]):
-            if image["file_name"] not in present:
-                raise UserError(f"{folder / image['file_name']}: not there, but listed in {path}")
-            if objects[image["id"]] or not train:    # as text: small
-                self.samples.append((str(folder / image["file_name"]), json.dumps(objects[image["id"]])))
-        if not any(objects.values()):
-            raise UserError(f"{path}: lists no objects")
+    def __init__(self, args, train, classes=None):
+        self.classes, images, self.outlined = read_listing(Path(args.data), train, classes)
+        self.smallest = max(1, args.min_scale * args.img_size)
+        texts = [json.dumps(image).encode() for image in images]
+        self.text = np.frombuffer(b"".join(texts), np.uint8)  # workers share an array
+        self.offsets = np.cumsum([0] + [len(text) for text in texts])
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        file, text = self.samples[i]
-        try:
-            image = v2.functional.pil_to_tensor(Image.open(file).convert("RGB"))
-        except Exception as error:
-            raise UserError(f"{file}: unreadable image ({error!r})") from None
+        entry = json.loads(self.text[self.offsets[i]:self.offsets[i + 1]].tobytes())
+        image = to_tensor(read_upright(entry["file"], entry["size"]))
         H, W = image.shape[1:]
-        labels, outlines, boxes, area, crowd = zip(*json.loads(text)) if text != "[]" else [()] * 5
-        masks = np.array([object_mask(outline, H, W) for outline in outlines], np.uint8)
-        boxes = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)    # x, y, width, height
-        boxes[:, 2:] += boxes[:, :2]
-        return image, {"masks": torch.from_numpy(masks.reshape(-1, H, W)), "boxes": boxes,
-                       "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool(),
-                       "area": torch.tensor(area, dtype=torch.float64)}
+        objects = entry["objects"]
+        masks = np.array([object_mask(each["outline"], H, W) for each in objects], np.uint8)
+        masks = torch.from_numpy(masks.reshape(-1, H, W))
+        boxes = torch.tensor([each["box"] for each in objects], dtype=torch.float64).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # they were x, y, width, height
+        area = torch.tensor([each["area"] for each in objects], dtype=torch.float64)
+        least = math.ceil(max(H, W) / self.smallest)  # at any scale a pixel is left of a side
+        border = (0, max(0, least - W), 0, max(0, least - H))
+        return F.pad(image, border), {
+            "masks": F.pad(masks, border), "boxes": boxes,
+            "labels": torch.tensor([each["label"] for each in objects], dtype=torch.int64),
+            "area": torch.where(area < 0, masks.sum(dim=(1, 2)), area),
+            "crowd": torch.tensor([each["crowd"] for each in objects], dtype=torch.bool)}
 
 
-def object_mask(segmentation, height, width):
-    """COCO's polygons, or the run lengths of a crowd, as `(height, width)`, 0 or 1.
+def read_listing(root, train, classes=None):
+    """Class names, images in order of id, whether all objects have outlines; all is checked.
 
-    PIL fills all that a border touches. Drawn 5 times as large and sampled at pixel centers, 0.3% of the
-    pixels of 1,503 real masks differ from pycocotools'.
+    classes: those of training. Raises InputError that names file and annotation.
     """
-    if isinstance(segmentation, dict):    # runs of 0, 1, 0, ..., column by column
-        counts = segmentation["counts"]
-        return np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts).reshape(width, height).T
-    canvas = Image.new("L", (5 * width, 5 * height))
-    for polygon in segmentation:
-        ImageDraw.Draw(canvas).polygon([5 * value - 0.5 for value in polygon], fill=1)
-    return np.array(canvas)[2::5, 2::5]
+    folder = root / "train2017" if train else root / "val2017"
+    path = root / "annotations" / f"instances_{folder.name}.json"
+    roboflow = root / "train" if train else root / "valid"
+    if (roboflow / "_annotations.coco.json").exists():
+        folder = roboflow
+        path = folder / "_annotations.coco.json"
+    place = path
+    every = []
+    try:
+        listing = json.loads(path.read_text(encoding="utf-8-sig"))  # also with a byte order mark
+        by_id = itemgetter("id")
+        names = {entry["id"]: entry["name"] for entry in sorted(listing["categories"], key=by_id)}
+        classes = classes or list(dict.fromkeys(names.values()))
+        images = {}
+        for entry in sorted(listing["images"], key=by_id):
+            name = entry["file_name"].replace("\\", "/")
+            file = folder / name if (folder / name).is_file() else root / name
+            if not file.is_file():
+                raise ValueError(f"{folder / name}: not there, but listed")
+            size = [int(entry.get(side) or -1) for side in ("height", "width")]
+            images[entry["id"]] = {"file": str(file), "size": size, "objects": []}
+        for entry in listing["annotations"]:
+            place = f"{path}: annotation {entry.get('id')}"
+            category, image = entry["category_id"], entry["image_id"]
+            name = names.get(category)
+            if name not in classes or image not in images:
+                raise ValueError(f"no image {image} or category {category}: {name}, not {classes}")
+            each = read_object(entry, images[image])
+            each["label"] = 1 + classes.index(name)
+            every.append(each)
+            if each["outline"] and not (train and each["crowd"]):
+                images[image]["objects"].append(each)
+    except KeyError as error:
+        raise vit.InputError(f"{place}: no {error}") from None
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise vit.InputError(f"{place}: {error}") from None
+    crowds = sum(each["crowd"] for each in every)
+    if crowds == len(every):
+        raise vit.InputError(f"{path}: lists no objects, {crowds} crowds")
+    chosen = [image for image in images.values() if image["objects"] or not train]
+    boxed = sum(each["boxed"] for each in every)
+    points = sum(not each["outline"] for each in every)
+    print(f"{path}: left out {len(images) - len(chosen):,} images without objects, {points:,} "
+          f"objects of less than three points; {boxed:,} objects have no outline but their box")
+    return classes, chosen, boxed == 0
 
 
-def mask_boxes(masks):
-    """Boxes `(n, 4)` around masks `(n, H, W)`, to the far side of the last pixel."""
-    boxes = masks_to_boxes(masks)
-    boxes[:, 2:] += 1
-    return boxes
+def read_object(entry, image):
+    """What is used of an annotation. Raises KeyError, TypeError or ValueError."""
+    x, y, width, height = box = entry["bbox"]
+    if not (width >= 0 and height >= 0 and math.isfinite(sum(box))):
+        raise ValueError(f"bbox {box}")
+    outline = entry.get("segmentation")
+    boxed = outline in (None, [], [[]])
+    if boxed:
+        outline = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    if isinstance(outline, dict):
+        if min(image["size"]) < 1:
+            image["size"] = outline["size"]
+        runs = run_lengths(outline["counts"])
+        fits = outline["size"] == image["size"] and sum(runs) == math.prod(image["size"])
+        if not fits or min(runs) < 0:
+            raise ValueError(f"run lengths of {outline['size']} in an image of {image['size']}")
+    else:
+        for polygon in outline:
+            if len(polygon) % 2 or not math.isfinite(sum(polygon)):
+                raise ValueError(f"{polygon} is not a polygon: x, y, x, y, ...")
+        outline = [polygon for polygon in outline if len(polygon) >= 6]  # as detectron2
+    area = float(entry.get("area", -1))  # below 0: the mask's
+    return {"outline": outline, "boxed": boxed, "box": box, "area": area,
+            "crowd": entry.get("iscrowd") == 1}
 
 
-class Stream(Dataset):
-    """Endless samples, as in mae.py: sample v shows image `permutation(seed, v // n)[v % n]`."""
+def run_lengths(counts):
+    """Lengths of runs of 0, 1, 0, ...; a string has five bits of a number in each character.
 
-    def __init__(self, data, transform, seed):
-        self.data, self.transform, self.seed = data, transform, seed
+    The lowest come first, 32 says that more follow, the last bit is the sign. From the fourth on,
+    numbers are differences from the last but one.
+    """
+    if isinstance(counts, list):
+        return counts
+    lengths = []
+    value, shift = 0, 0
+    for character in counts:
+        bits = ord(character) - 48
+        value += (bits & 31) << shift
+        shift += 5
+        if bits < 32:
+            if bits >= 16:
+                value -= 1 << shift
+            if len(lengths) > 2:
+                value += lengths[-2]
+            lengths.append(value)
+            value, shift = 0, 0
+    return lengths
 
-    def __getitem__(self, v):
-        n = len(self.data)
-        order = np.random.default_rng((self.seed, v // n)).permutation(n)
-        seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
-        torch.default_generator.manual_seed(int(seed))
-        return make_sample(self.data, self.transform, order[v % n])
+
+def read_upright(path, size):
+    """An RGB image, turned as its EXIF says if its listed size [height, width] is that one's."""
+    image = read_image(path)
+    for view in (ImageOps.exif_transpose(image), image):
+        if min(size) < 1 or [view.height, view.width] == size:
+            return view
+    raise vit.InputError(f"{path}: {image.height} x {image.width} pixels, "
+                         f"{size[0]} x {size[1]} in the listing")
 
 
-def load(stream, step, end, args):
-    batches = (list(range(s * args.batch_size + RANK, (s + 1) * args.batch_size, WORLD)[part::args.accum])
-               for s in range(step, end) for part in range(args.accum))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = 0 if args.data == "toy" else min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return iter(DataLoader(stream, batch_sampler=batches, collate_fn=list, worker_init_fn=ignore_signals,
-                           num_workers=workers if args.workers is None else args.workers))
+def object_mask(outline, height, width):
+    """COCO's polygons or run lengths as `(height, width)`, 0 or 1.
 
-
-def ignore_signals(_):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    PIL fills all that a border touches: drawn 5 times as large, sampled at pixel centers, 0.3% of
+    the pixels of real masks differ from pycocotools'.
+    """
+    if isinstance(outline, dict):
+        runs = run_lengths(outline["counts"])
+        bits = np.arange(len(runs), dtype=np.uint8) % 2
+        return np.repeat(bits, runs).reshape(width, height).T  # column by column
+    mask = np.zeros((height, width), np.uint8)
+    for polygon in outline:
+        points = np.array(polygon).reshape(-1, 2)  # x, y
+        left, top = np.maximum(points.min(axis=0).astype(int) - 1, 0)
+        right, bottom = np.minimum(np.ceil(points.max(axis=0)).astype(int), [width, height])
+        if left < right and top < bottom:
+            canvas = Image.new("L", (5 * (right - left), 5 * (bottom - top)))
+            corners = 5 * points - 0.5 - [5 * left, 5 * top]
+            ImageDraw.Draw(canvas).polygon(corners.flatten().tolist(), fill=1)
+            mask[top:bottom, left:right] |= np.array(canvas)[2::5, 2::5]
+    return mask
 
 
 def main(argv=None):
-    args = parse(argv, {**TRAINING, **SETTINGS}, out="runs/detect")
-    if args.download or args.long_tail or args.fraction < 1:
-        raise UserError("--download, --long-tail, --fraction: not here")
-    if args.patch_size.bit_count() != 1 or args.img_size % (2 * args.patch_size):
-        raise UserError(f"--patch-size {args.patch_size}: not a power of 2 that divides half of --img-size")
-    return evaluate_only(args) if args.eval_only else train(args)
+    args = parse_detection(argv)
+    if not math.log2(args.patch_size).is_integer() or args.img_size % (2 * args.patch_size):
+        raise vit.InputError(f"--patch-size {args.patch_size}: not a power of 2 "
+                             "that divides half of --img-size")
+    if args.eval_only:
+        evaluate_only(args)
+    else:
+        train(args)
 
 
-# ======================================== plumbing, start: arguments and errors
-class UserError(Exception):
-    """Invalid input: one line on stderr, exit code 2."""
+# ==================== plumbing: one text for each name, in all scripts
 
-
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
-STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-PRESETS = ("toy", "small", "photos")    # the columns of SETTINGS
-NAMED = {"toy": "toy", "cifar10": "small", "cifar100": "small", "fashionmnist": "small"}
-COMMON = {  # argument: default; meaning; allowed values
-    "data": ("toy", f"a folder with train/ and val/, or one of: {' '.join(NAMED)}"),
-    "preset": (None, "column of the settings (default: by --data)", *PRESETS),
-    "root": ("data", "folder of CIFAR and Fashion-MNIST"),
-    "download": (False, "fetch them first"),
-    "fraction": (1.0, "train on this share of each class", 1e-9, 1),
-    "long_tail": (False, "train on class sizes shaped like ImageNet-LT's"),
-    "workers": (None, "processes that load images, per rank (default: its cores)", 0, 999),
-    "seed": (0, "seed of weights, order, crops, masks", 0, 2 ** 32 - 1),
-}
+WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
+MAY_CHANGE = ("out", "preset", "data", "root", "download", "workers", "accum", "compile",
+              "log_every", "save_minutes", "max_steps", "resume", "init", "teacher")
 
 
-def parse(argv, settings, out):
-    """The arguments of `COMMON` and `settings`; a tuple has a default per preset. UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    table = {"out": (Path(out), "folder of the results"), **COMMON, **settings}
-    for name, (default, meaning, *allowed) in table.items():
-        values = default if isinstance(default, tuple) else (default,)
-        kind = type([value for value in (*values, *allowed, "") if value is not None][0])
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if allowed and kind is str:
-            options["choices"] = allowed
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **options)
-    parser.set_defaults(**{name: row[0] for name, row in table.items() if not isinstance(row[0], tuple)})
-    args = parser.parse_args(argv)
-    args.preset = args.preset or NAMED.get(args.data, "photos")
-    for name, (default, _, *allowed) in table.items():
-        if getattr(args, name) is None and isinstance(default, tuple):
-            setattr(args, name, default[PRESETS.index(args.preset)])
-        value = getattr(args, name)
-        if allowed and isinstance(value, (int, float)) and not allowed[0] <= value <= allowed[1]:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {allowed[0]} to {allowed[1]}")
-    return args
+def parse_detection(argv):
+    """What is typed; else what the run to resume had; else the preset's; else the default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("--data", default="toy", help="folder in the format of COCO or Roboflow, or toy")
+    add("--preset", choices=PRESETS, help="sizes and recipe, else by --data")
+    settings(parser)
+    add("--out", type=Path, default="runs/detect", help="folder of the results")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--seed", type=int, default=0, help="of weights, order, crops, anchors")
+    add("--accum", type=count, default=1, help="micro-batches in an update")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--compile", action="store_true", help="torch.compile the backbone")
+    add("--workers", type=int, default=WORKERS, help="loading processes")
+    add("--log-every", type=count, default=10, help="steps between lines of the log")
+    add("--save-minutes", type=amount, default=5.0, help="minutes between checkpoints")
+    add("--max-steps", type=count, help="stop after so many steps, the schedule unchanged")
+    typed, _ = parser.parse_known_args(argv)
+    by_data = "toy" if typed.data == "toy" else "photos"
+    preset = typed.preset or by_data
+    parser.set_defaults(preset=preset, **PRESETS[preset])
+    if typed.resume and (typed.out / "config.json").exists():
+        before = json.loads((typed.out / "config.json").read_text())
+        names = (before.keys() & vars(typed)) - {"max_steps"}
+        parser.set_defaults(**{name: before[name] for name in names})
+    add("-h", "--help", action="help", default=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
-def refuse(reason):
-    raise UserError(str(reason))
+def count(text):  # type of an argument: 1, 2, 3, ...
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
-def run(main, leave=os._exit):
-    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)
+def amount(text):  # a number from 0 up
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def read_image(path):
+    """A file as an RGB PIL image. Raises InputError that names it."""
     try:
-        main()
-    except Exception as error:
-        line = traceback.format_exc()
-        if isinstance(error, (UserError, vit.InputError, OSError)):
-            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
-            line = "error: a process that loads images was killed (out of memory?)"
-        print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits for no rank and no worker
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a pixel, mode {image.mode}")
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many types
+        raise vit.InputError(f"{path}: unreadable image ({error!r:.200})") from None
 
 
-# ======================================== plumbing, training: ranks, checkpoints, log
-
-TRAINING = {  # argument: default; meaning; allowed values
-    "resume": (False, "continue the run in --out exactly"),
-    "accum": (1, "micro-batches in an update, to save memory", 1, 10 ** 6),
-    "clip_grad": (None, "largest norm of the gradient", 1e-9, 1e9),
-    "amp": (None, "mixed precision (default: bf16 or fp16 on a GPU)", "bf16", "fp16", "off"),
-    "compile": (False, "torch.compile: a slow first step, then faster ones"),
-    "log_every": (10, "steps between lines of the log", 1, 10 ** 9),
-    "save_minutes": (5.0, "minutes between checkpoints and figures", 0, 10 ** 9),
-    "max_steps": (None, "stop after this many steps, the schedule unchanged", 1, 10 ** 9),
-}
-FREE = {*TRAINING, *COMMON, "out", "init", "teacher"} - {"clip_grad", "amp", "fraction", "long_tail", "seed"}
+@functools.lru_cache(maxsize=1)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n).astype(np.int32)
 
 
-def setup(args):
-    """Prints the settings, joins the other ranks; returns the device and a set that signals fill."""
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def shuffled(v, n, seed):
+    """The image of sample v. Seeds torch, too: all drawn after it follows from (seed, v)."""
+    number = np.random.SeedSequence((seed, v)).generate_state(1)[0]
+    torch.default_generator.manual_seed(int(number))
+    return permutation(n, seed, v // n)[v % n]
+
+
+def setup(args, crops=1):
+    """Joins the other ranks, prints the settings, returns the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise vit.InputError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        args.amp = args.amp or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = args.amp or ("bf16" if bf16 else "fp16")
     args.amp = args.amp or "off"
-    args.resume = args.resume and (args.out / "last.pt").exists()
-    batch, parts = args.batch_size, WORLD * args.accum * getattr(args, "crops_per_image", 1)
-    if batch % parts:
-        raise UserError(f"--batch-size {batch}: must be a multiple of {parts}, ranks x accum x crops")
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if WORLD > 1:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    B = args.batch_size
+    parts = WORLD * args.accum * crops
+    if B % parts:
+        raise vit.InputError(f"--batch-size {B}: not a multiple of {parts}, ranks x accum x crops")
+    if args.warmup_epochs >= args.epochs or args.seed < 0:
+        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} or --seed is out of range")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    print("settings:", ", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"batch: {WORLD} ranks x {batch // WORLD // args.accum} images x {args.accum} accum = {batch};",
-          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}")
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = set()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:    # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: stop.add(number))
-    return device, stop
-
-
-def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
-    if step < warmup:
-        return lr * step / warmup
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()])
+    print(f"batch {B} = {WORLD} ranks x {args.accum} accum x {B // (WORLD * args.accum)} images;",
+          f"lr {args.base_lr * B / 256:g} = {args.base_lr:g} x {B} / 256")
+    return device
 
 
 def start(args, data, **parts):
-    """Fills `parts` from last.pt, read by rank 0, and returns its step. A new run makes --out: 0."""
-    images, path = getattr(data, "dataset", data), args.out / "last.pt"
-    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", [])) or args.data
-    args.images = f"{len(data)} {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
-    shared = [None, args.images]
-    if args.resume and RANK == 0:
-        try:
-            shared[0] = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(shared[0]["config"])
-        except Exception as error:    # many types
-            raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
-        for name in config | vars(args):
-            if name not in FREE and config.get(name) != vars(args).get(name):
-                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {vars(args).get(name)}")
-        (args.out / "log.jsonl").write_text(shared[0]["log"])
-    if WORLD > 1:
-        dist.barrier()    # every rank has read --init, which may lie in --out
-        dist.broadcast_object_list(shared)
-    if shared[1] != args.images:
-        raise UserError(f"--data {args.data}: rank {RANK} has other images than rank 0")
-    if shared[0]:
+    """Claims --out, or fills `parts` from the run in it. Returns its steps."""
+    args.images = len(data)
+    if args.batch_size > args.images:
+        raise vit.InputError(f"--batch-size {args.batch_size}: only {len(data)} images, give less")
+    path = args.out / "last.pt"
+    checkpoint = {"step": 0, "log": ""}
+    if args.resume and path.exists():
+        checkpoint = vit.open_checkpoint(path)
+        now = vars(args)
+        changed = [f"--{name.replace('_', '-')} was {value}, now {now.get(name)}"
+                   for name, value in checkpoint["config"].items()
+                   if name not in MAY_CHANGE and value != now.get(name)]
+        if changed:
+            raise vit.InputError(f"{path}: {'; '.join(changed)}")
         for name, part in parts.items():
-            part.load_state_dict(shared[0][name])
-        return shared[0]["step"]
+            part.load_state_dict(checkpoint[name])
+    ranks = [(checkpoint["step"], args.images)] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, ranks[0])
+    if len(set(ranks)) > 1:
+        raise vit.InputError(f"ranks differ in (step, images): {ranks}")
     if RANK == 0:
-        out = args.out.absolute()
-        if (out / "config.json").exists() or path.exists():
-            free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
-            old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} already contains a run: renamed to {old}")
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"new run in {out}")
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
-    return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(args.out / "config.json", "w" if args.resume else "x") as file:
+                json.dump(vars(args), file, indent=1, default=str)
+        except FileExistsError:
+            raise vit.InputError(f"{args.out} holds a run: --resume, or another --out") from None
+        (args.out / "log.jsonl").write_text(checkpoint["log"])  # drops later lines
+    return checkpoint["step"]
 
 
 def save(args, name, step, **parts):
-    """Writes a temporary file, flushes it to disk, renames it: never half a checkpoint."""
-    path, temporary = args.out / name, args.out / f"{name}.tmp"
+    """Writes a checkpoint beside the old one, then renames it."""
     state = {part: module.state_dict() for part, module in parts.items()}
-    state.update(step=step, config={**vars(args), "out": str(args.out)})
-    state["log"] = (args.out / "log.jsonl").read_text()
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise UserError(f"step {step}: a weight is not finite; {path} is unchanged")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is unchanged") from None
+        raise vit.InputError(f"step {step}: a weight is not finite, {name} is unchanged")
+    config = {**vars(args), "out": str(args.out)}
+    state.update(step=step, config=config, log=(args.out / "log.jsonl").read_text())
+    torch.save(state, args.out / "saving.tmp")
+    os.replace(args.out / "saving.tmp", args.out / name)
 
 
 class Log:
-    """Keeps the scalars of the last steps, on the device, until `write` logs their means."""
+    """Sums scalars on the device; `write` prints and files their means over steps and ranks."""
 
-    def __init__(self, args, step, steps):
-        self.args, self.window, self.waited, self.since = args, [], 0.0, time.time()
-        self.bar = tqdm(total=steps, initial=step, disable=RANK > 0 or not sys.stderr.isatty())
+    def __init__(self, args, scaler):
+        self.args = args
+        self.scaler = scaler
+        self.clear()
 
-    def next(self, batches):
-        """The next batch; its time counts as waiting for data."""
+    def clear(self):
+        self.sums = {}
+        self.parts = 0
+        self.waited = 0.0
+        self.since = time.time()
+
+    def timed(self, batches):  # the time that they take to come is logged as data_wait
         began = time.time()
-        batch = next(batches)
-        self.waited += time.time() - began
-        return batch
+        for batch in batches:
+            self.waited += time.time() - began
+            yield batch
+            began = time.time()
 
-    def write(self, step, stop, **entry):
-        """Logs means over steps and ranks; returns whether any rank is to stop. UserError."""
-        table = torch.stack([torch.stack(list(scalars.values())) for scalars in self.window]).float()
-        stopping = table.new_tensor(bool(stop))
+    def add(self, **scalars):  # tensors of a micro-batch, on the device
+        for name, scalar in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + scalar.detach()
+        self.parts += 1
+
+    def write(self, step, **entry):
+        """Adds a line to log.jsonl, or raises InputError, on all ranks, if it is not finite."""
+        means = torch.stack(list(self.sums.values())).float() / self.parts / WORLD
         if WORLD > 1:
-            dist.all_reduce(stopping)
-            dist.all_reduce(table)
-        table = table.cpu() / WORLD    # (steps, scalars), grad_norm last
-        required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
-        bad = (~required.isfinite().all(dim=1)).tolist()
-        if any(bad):
-            raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
-                            "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
-        speed = len(table) * self.args.batch_size / seconds
-        entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
-        entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}
+            dist.all_reduce(means)
+        entry = {"step": step, **dict(zip(self.sums, means.tolist())), **entry}
+        if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
+            del entry["grad_norm"]  # fp16 skipped this step
+        if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
+                                 "--clip-grad 1, a lower --base-lr")
+        seconds = time.time() - self.since
+        images = self.args.batch_size * self.parts / self.args.accum
+        entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}
+        tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in entry.items()))
         if RANK == 0:
-            with (self.args.out / "log.jsonl").open("a") as file:
+            with open(self.args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.bar.update(step - self.bar.n)
-            tqdm.write("  ".join(f"{name} {value:g}" for name, value in entry.items()))
-        self.window, self.waited, self.since = [], 0.0, time.time()
-        return stopping.item() > 0
+        self.clear()
 
-
-# ======================================== the end of the plumbing
 
 if __name__ == "__main__":
-    run(main)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except vit.InputError as error:  # a worker's has its traceback in front
+        print("error:", str(error).rpartition("InputError: ")[2].strip(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: --resume continues", file=sys.stderr)
+        sys.exit(130)

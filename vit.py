@@ -5,7 +5,7 @@ Patches of an image become tokens, and blocks let them look at each other (Dosov
 
     import vit
     model = vit.vit_tiny(num_classes=1000)            # 5.7M parameters
-    print(vit.load_weights(model, "mae_tiny.pth"))    # any published format; says what did not fit
+    print(vit.load_weights(model, "mae_tiny.pth"))    # any published format
     logits = model((pixels - vit.MEAN) / vit.STD)     # (B, 3, 224, 224), 0 to 255 -> (B, 1000)
     maps = vit.attention_maps(model, images)          # (12, B, 12, 197, 197)
 
@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.pool(self.encode(self.embed(images))))
 
 
-# 0.7M (for a laptop), 5.7M, 22M and 86M parameters; 12 heads (DeiT has 3 in Tiny, 6 in Small).
+# 0.7M (for a laptop), 5.7M, 22M and 86M parameters; 12 heads (DeiT: 3 in Tiny, 6 in Small).
 vit_toy = functools.partial(VisionTransformer, embed_dim=96, depth=6)
 vit_tiny = functools.partial(VisionTransformer, embed_dim=192, depth=12)
 vit_small = functools.partial(VisionTransformer, embed_dim=384, depth=12)
@@ -228,8 +228,7 @@ def open_checkpoint(path_or_state):
     if isinstance(path_or_state, dict):
         return path_or_state
     scalar = np.float64(0).__reduce__()[0]  # published files also hold numpy numbers and settings
-    kinds = [type(np.dtype(kind)) for kind in "?bhilqefd"]
-    harmless = [np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
+    harmless = [np.dtype, type(np.dtype(float)), scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *harmless]):
             checkpoint = dict(torch.load(path_or_state, map_location="cpu", weights_only=True))
@@ -277,6 +276,8 @@ def read_weights(path_or_state, branch="base_encoder"):
     for key, ndim in needed.items():
         if key not in state or state[key].ndim != ndim or 0 in state[key].shape:
             raise InputError(f"{name}: no Vision Transformer: {key} is missing or not {ndim}-D")
+    if "dist_token" in state:  # distilled DeiT: a second token, not used here
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
     return name, state, [key for key in tensors if not key.startswith(prefixes[0])]
 
 
@@ -292,7 +293,7 @@ def load_weights(model, path_or_state, branch="base_encoder"):
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [key for key in own if key not in fitting]
     unused = [key for key in state if key not in fitting]
-    optional = ("norm.", "fc_norm.", "head", "pre_logits.", "decoder_", "mask_token", "cls_token")
+    optional = ("norm.", "fc_norm.", "head", "decoder_", "mask_token", "cls_token", "dist_token")
     for key in missing + unused:
         there = tuple(state[key].shape) if key in state else "none"
         here = tuple(own[key].shape) if key in own else "none"

@@ -202,6 +202,15 @@ def test_load_weights_and_from_weights_read_every_kind_of_file(kind, tmp_path, m
     assert getattr(made.head, "out_features", 0) == (3 if kind in ("DeiT", "finetune.py") else 0)
 
 
+def test_distilled_deit_loads_without_its_second_token():
+    table = torch.cat([ENCODER["pos_embed"][:, :1], torch.ones(1, 1, 48), ENCODER["pos_embed"][:, 1:]], dim=1)
+    content = {"model": {**CLASSIFIER, **zeros("head_dist.weight", "head_dist.bias"),
+                         "dist_token": torch.zeros(1, 1, 48), "pos_embed": table}}
+    model, report = vit.from_weights(content, num_heads=6)
+    assert torch.equal(model.pos_embed, ENCODER["pos_embed"])
+    assert report.missing == [] and report.unused == ["head_dist.weight", "head_dist.bias", "dist_token"]
+
+
 def test_load_weights_takes_the_named_branch_and_reports_what_it_left_out():
     model, ten = vit.VisionTransformer(**SIZES, num_classes=7, global_pool="token"), small(num_classes=10).float()
     report = vit.load_weights(model, FILES["MoCo-v3"][0], branch="momentum_encoder")
