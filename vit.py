@@ -276,7 +276,7 @@ def read_weights(path_or_state, branch="base_encoder"):
     for key, ndim in needed.items():
         if key not in state or state[key].ndim != ndim or 0 in state[key].shape:
             raise InputError(f"{name}: no Vision Transformer: {key} is missing or not {ndim}-D")
-    if "dist_token" in state:  # distilled DeiT: a second token, not used here
+    if "dist_token" in state:  # of distilled DeiT
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], 1)
     return name, state, [key for key in tensors if not key.startswith(prefixes[0])]
 

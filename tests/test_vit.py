@@ -204,11 +204,11 @@ def test_load_weights_and_from_weights_read_every_kind_of_file(kind, tmp_path, m
 
 def test_distilled_deit_loads_without_its_second_token():
     table = torch.cat([ENCODER["pos_embed"][:, :1], torch.ones(1, 1, 48), ENCODER["pos_embed"][:, 1:]], dim=1)
-    content = {"model": {**CLASSIFIER, **zeros("head_dist.weight", "head_dist.bias"),
-                         "dist_token": torch.zeros(1, 1, 48), "pos_embed": table}}
+    content = {"model": {**ENCODER, **zeros("head_dist.weight"), "head.weight": torch.zeros(3, 48),
+                         "head.bias": torch.zeros(3), "dist_token": torch.zeros(1, 1, 48), "pos_embed": table}}
     model, report = vit.from_weights(content, num_heads=6)
     assert torch.equal(model.pos_embed, ENCODER["pos_embed"])
-    assert report.missing == [] and report.unused == ["head_dist.weight", "head_dist.bias", "dist_token"]
+    assert report.missing == [] and report.unused == ["head_dist.weight", "dist_token"]
 
 
 def test_load_weights_takes_the_named_branch_and_reports_what_it_left_out():
