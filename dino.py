@@ -1,43 +1,38 @@
-"""DINO: a Vision Transformer learns from its own moving average (Caron et al., 2021), here ViT-Tiny.
+"""DINO: a Vision Transformer learns from its own moving average (Caron et al., 2021).
 
-Large (global) and small (local) crops of an image must give the same distribution over d outputs. The
-student sees all; the teacher, its slow moving average, sees the global ones, gives the target, and is kept.
-The recipe is the authors', for larger networks; ViT-Tiny is that of "A Closer Look at Self-Supervised
-Lightweight Vision Transformers" (ICML 2023, Sec. 2).
+Large (global) and small (local) crops of an image must give the same distribution over d outputs.
+The student sees all crops. The teacher, its slowly moving average, sees the global ones and gives
+the target; it is what is kept. Both could settle on the same output for all images: the center and
+the low temperature of the teacher prevent that. The recipe is the authors', for larger networks.
 
-    loss = mean of -sum softmax((t - center) / T_t) log softmax(s / T_s) over pairs of different crops (Eq. 3)
+    loss = mean over pairs of crops, -sum softmax((t - center) / T_t) log softmax(s / T_s)  (Eq. 3)
 
-    laptop     python dino.py                                  # synthetic shapes, no download
-    small      python dino.py --data cifar100 --download       # images of 32 pixels, patches of 4
-    one GPU    python dino.py --data DIR --compile             # DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg
-    8 GPUs     torchrun --nproc_per_node=8 dino.py --data DIR  # 100 epochs, batch 512
-    two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST dino.py ...
-Results in --out: config.json, log.jsonl, last.pt, curves.png. --resume continues exactly. What the features
-are worth: finetune.py --mode knn --init runs/dino/last.pt; where the class token looks: attention.png.
-Shapes: B images on this rank, S pixels, D width, d dimensions that are compared. Read up to the end of
-`train`, skip the plumbing.
+    python dino.py                                  # a laptop: synthetic shapes, minutes
+    python dino.py --data cifar100 --download       # images of 32 x 32 pixels
+    python dino.py --data DIR --compile             # one GPU; DIR/train/CLASS/*.jpg, DIR/val/...
+    torchrun --nproc_per_node=8 dino.py --data DIR  # 100 epochs, batch 512
+
+Results in --out: config.json, log.jsonl, last.pt, curves.png, attention.png. --resume continues it.
+Shapes: B images on this rank, V local crops, S and s sides of global and local crops, d outputs.
 """
 import argparse
 import copy
 import functools
-import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import distributed as dist, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -47,577 +42,617 @@ import vit
 
 # ------------------------------------------------------------ the method
 
-class Cosines(nn.Linear):
-    """Cosines of rows and d directions, `(B, 256) -> (B, d)`: weight norm, norm fixed at 1 (App. C)."""
-
-    def forward(self, x):
-        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
-
-
-def mlp(*dims):
-    """Linear layers, GELU between them, none before the last, `Cosines`; no BatchNorm (App. C)."""
-    layers = []
-    for dim_in, dim_out in zip(dims, dims[1:-1]):
-        layers += [nn.Linear(dim_in, dim_out), nn.GELU()]
-    return nn.Sequential(*layers[:-1], Cosines(*dims[-2:], bias=False))
-
-
 def dino_loss(student, teacher, center, student_temp, teacher_temp):
     """Cross entropy of teacher and student on different crops: a scalar, this rank's mean (Eq. 3).
 
-    student `((2 + V) B, d)`, teacher `(2B, d)`, center `(1, d)`; rows crop by crop, global crops first.
+    student `((2 + V) B, d)`, teacher `(2B, d)`, center `(1, d)`, float32 also with --amp. Rows are
+    in the order of crops: first global crop of all B images, second, then the local crops.
     """
-    targets = ((teacher - center) / teacher_temp).softmax(dim=1).chunk(2)    # the center is float32
+    targets = ((teacher - center) / teacher_temp).softmax(dim=1).chunk(2)  # (B, d) each
     outputs = (student.to(center.dtype) / student_temp).split(len(targets[0]))
-    losses = [F.cross_entropy(s, t) for i, t in enumerate(targets) for j, s in enumerate(outputs) if i != j]
+    losses = []
+    for i, target in enumerate(targets):
+        for j, output in enumerate(outputs):
+            if i == j:
+                continue  # never compare a crop with itself
+            losses.append(F.cross_entropy(output, target))
     return torch.stack(losses).mean()
 
 
-def spread(x):
-    """Standard deviation of unit rows `(B, d)`, times sqrt(d): 1 if isotropic, 0 if all are identical."""
-    return F.normalize(x.detach().float(), dim=1).std(dim=0).mean() * x.shape[1] ** 0.5
-
-
 class DINO(nn.Module):
-    """Two encoders with projectors, one the moving average of the other: teacher and student (Sec. 3.1).
+    """A student and a teacher, its moving average: encoders with a projector as `head` (Sec. 3.1).
 
-    `encoder_fn(global_pool="token")` makes a `vit.VisionTransformer`; its `head` becomes the projector.
-    `monitors`, set by `forward`: collapse indicators, detached scalars of this rank.
+    `encoder_fn(global_pool="token")` makes a `vit.VisionTransformer`.
     """
 
-    def __init__(self, encoder_fn, out_dim=65536, hidden_dim=2048, temperature=0.1, teacher_temp=0.04):
+    def __init__(self, encoder_fn, out_dim=65536, hidden_dim=2048, temperature=0.1,
+                 teacher_temp=0.04):
         super().__init__()
         self.temperature = temperature
         self.teacher_temp = teacher_temp
-        self.monitors = {}
         self.student = encoder_fn(global_pool="token")
-        self.student.head = mlp(self.student.embed_dim, hidden_dim, hidden_dim, 256, out_dim)
+        self.student.head = projector(self.student.embed_dim, hidden_dim, 256, out_dim)
         vit.init_weights(self.student.head[:-1])
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    @torch.no_grad()
     def update_teacher(self, m):
-        """`teacher <- m teacher + (1 - m) student`: all parameters, after the optimizer step (Alg. 1)."""
-        for average, parameter in zip(self.teacher.parameters(), self.student.parameters()):
-            average.lerp_(parameter, 1 - m)
+        """`teacher <- m teacher + (1 - m) student`: all parameters (Alg. 1)."""
+        teacher = list(self.teacher.parameters())
+        student = list(self.student.parameters())
+        get_ema_multi_avg_fn(m)(teacher, student, None)  # None: a count, which it ignores
 
+    @torch.no_grad()
     def update_center(self, teacher):
-        """`center <- 0.9 center + 0.1 mean of all ranks' teacher outputs (2B, d)` (Eq. 4)."""
-        mean = teacher.mean(dim=0, keepdim=True, dtype=self.center.dtype) / WORLD
-        if WORLD > 1:
+        """`center <- 0.9 center + 0.1 mean` of all ranks' teacher outputs `(2B, d)` (Eq. 4)."""
+        mean = teacher.mean(dim=0, keepdim=True, dtype=self.center.dtype)
+        if dist.is_initialized():
             dist.all_reduce(mean)
+            mean /= dist.get_world_size()
         self.center.lerp_(mean, 0.1)
 
-    def forward(self, x1, x2):
-        """Crops, global `(B, 2, 3, S, S)`, local `(B, V, 3, s, s)` -> loss (scalar). The center moves."""
-        x1, x2 = [x.transpose(0, 1).flatten(0, 1) for x in (x1, x2)]    # crop by crop
-        student = torch.cat([self.student(x1), self.student(x2)])       # position is interpolated
+    def forward(self, global_crops, local_crops):
+        """Crops `(B, 2, 3, S, S)` and `(B, V, 3, s, s)` -> loss (scalar); then moves the center.
+
+        Sets `monitors`, collapse indicators, detached scalars of this rank: `entropy` of the
+        targets, `kl` from target to student (the rest of the loss), `token_spread`, the `spread` of
+        the teacher's class tokens. Collapse: kl 0, entropy 0 or log d.
+        """
+        global_crops = global_crops.transpose(0, 1).flatten(0, 1)  # (2B, 3, S, S), crop by crop
+        local_crops = local_crops.transpose(0, 1).flatten(0, 1)
+        student = torch.cat([self.student(global_crops), self.student(local_crops)])
         with torch.no_grad():
-            tokens = self.teacher.pool(self.teacher.encode(self.teacher.embed(x1)))
+            tokens = self.teacher.pool(self.teacher.encode(self.teacher.embed(global_crops)))
             teacher = self.teacher.head(tokens)
         loss = dino_loss(student, teacher, self.center, self.temperature, self.teacher_temp)
-        logits = (teacher - self.center) / self.teacher_temp
-        entropy = F.cross_entropy(logits, logits.softmax(dim=1))    # of the targets
-        self.monitors = {"entropy": entropy, "kl": loss.detach() - entropy, "token_spread": spread(tokens)}
+        logits = (teacher - self.center) / self.teacher_temp  # before the center moves
         self.update_center(teacher)
+        entropy = F.cross_entropy(logits, logits.softmax(dim=1))
+        self.monitors = {
+            "entropy": entropy, "kl": loss.detach() - entropy, "token_spread": spread(tokens)}
         return loss
+
+
+def spread(x):
+    """Standard deviation of unit rows `(B, d)`, times sqrt(d): 1 if isotropic, 0 if identical."""
+    return F.normalize(x.detach().float(), dim=1).std(dim=0).mean() * x.shape[1] ** 0.5
+
+
+def projector(dim, hidden_dim, bottleneck, out_dim):  # without BatchNorm (App. C)
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim), nn.GELU(),
+        nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+        nn.Linear(hidden_dim, bottleneck),
+        Cosines(bottleneck, out_dim, bias=False))
+
+
+class Cosines(nn.Linear):  # of rows and d directions: weight norm, its norm fixed at 1
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+
+def clip_each(parameters, largest):
+    """Scales each tensor's gradient to a norm of at most `largest`; returns the norms before."""
+    norms = torch.stack([p.grad.norm() for p in parameters])
+    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    for parameter, factor in zip(parameters, factors):
+        parameter.grad.mul_(factor)
+    return norms
 
 
 # ------------------------------------------------------------ training
 
-SETTINGS = {  # argument:   toy    32 px  photographs; meaning; allowed values
-    "arch":            (("toy", "tiny", "tiny"), "Vision Transformer of vit.py", *vit.ARCHS),
-    "img_size":        ((32, 32, 224), "side of the images, in pixels", 1, 10 ** 5),
-    "local_size":      ((16, 16, 96), "side of the local crops", 1, 10 ** 5),
-    "local_crops":     ((2, 6, 8), "local crops of an image, beside two global ones", 1, 1000),
-    "patch_size":      ((8, 4, 16), "side of a patch, in pixels", 1, 10 ** 5),
-    "out_dim":         ((256, 4096, 65536), "outputs of the head, d", 2, 10 ** 7),
-    "hidden_dim":      ((256, 1024, 2048), "its hidden width", 1, 10 ** 6),
-    "temperature":     ((0.1, 0.1, 0.1), "T_s, divides the outputs of the student", 1e-3, 100),
-    "teacher_temp":    ((0.025, 0.04, 0.04), "T_t, divides those of the teacher", 1e-3, 100),
-    "momentum":        ((0.99, 0.996, 0.996), "m at the start; a cosine raises it to 1", 0, 1),
-    "min_crop":        ((0.6, 0.4, 0.4), "smallest global, largest local crop: share of the area", 0, 1),
-    "local_min_crop":  ((0.3, 0.05, 0.05), "smallest local crop", 0, 1),
-    "saturation":      ((0.8, 0.2, 0.2), "largest change of saturation: color alone", 0, 1),
-    "hue":             ((0.5, 0.1, 0.1), "and of hue: must not tell toy images apart", 0, 0.5),
-    "gray":            ((0.5, 0.2, 0.2), "share of the views that lose their color", 0, 1),
-    "blur_sigma":      ((0.5, 0.5, 2.0), "largest blur, in pixels (the smallest: 0.1)", 0.1, 100),
-    "epochs":          ((8, 100, 100), "times that each image is seen", 1, 10 ** 6),
-    "warmup_epochs":   ((1.0, 10.0, 10.0), "epochs in which the learning rate rises", 0, 10 ** 6),
-    "batch_size":      ((32, 512, 512), "images in an update, over all ranks", 2, 10 ** 6),
-    "base_lr":         ((1.2e-2, 5e-4, 5e-4), "learning rate per 256 images of the batch", 0, 1e12),
-    "weight_decay":    ((0.04, 0.04, 0.04), "AdamW's at the start, not on biases and norms", 0, 1),
-    "weight_decay_end": ((0.04, 0.4, 0.4), "and at the end of a cosine", 0, 1),
-    "clip_grad":       ((3.0, 3.0, 3.0), "largest norm of each tensor's gradient", 1e-9, 1e9),
-    "init":            (None, "start both encoders from the weights of this checkpoint"),
-}
+def settings(parser):
+    add = parser.add_argument
+    add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
+    add("--img-size", type=count, default=224, help="side of the global crops in pixels")
+    add("--local-size", type=count, default=96, help="side of the local crops in pixels")
+    add("--local-crops", type=count, default=8, help="local crops of an image")
+    add("--patch-size", type=count, default=16, help="patch side in pixels")
+    add("--out-dim", type=count, default=65536, help="outputs of the projector, d")
+    add("--hidden-dim", type=count, default=2048, help="hidden width of the projector")
+    add("--temperature", type=amount, default=0.1, help="T_s, divides the student's outputs")
+    add("--teacher-temp", type=amount, default=0.04, help="T_t, divides the teacher's outputs")
+    add("--momentum", type=share, default=0.996, help="m at first; a cosine raises it to 1")
+    add("--min-crop", type=share, default=0.4, help="smallest global, largest local crop")
+    add("--local-min-crop", type=share, default=0.05, help="smallest crop, share of the area")
+    add("--saturation", type=share, default=0.2, help="largest change of saturation")
+    add("--hue", type=share, default=0.1, help="largest change of hue, 0.5 is any hue")
+    add("--gray", type=share, default=0.2, help="share of gray crops")
+    add("--blur-sigma", type=amount, default=2.0, help="largest blur in pixels, from 0.1")
+    add("--epochs", type=amount, default=100, help="passes over the images")
+    add("--warmup-epochs", type=amount, default=10, help="epochs of rising learning rate")
+    add("--batch-size", type=count, default=512, help="images in an update")
+    add("--base-lr", type=amount, default=5e-4, help="learning rate per 256 images")
+    add("--weight-decay", type=amount, default=0.04, help="at first; not on biases and norms")
+    add("--weight-decay-end", type=amount, default=0.4, help="to which a cosine raises it")
+    add("--clip-grad", type=amount, default=3.0, help="largest norm of each tensor's gradient")
+    add("--init", help="start from the encoder in this file")
 
 
-def make_sample(data, views, i):
-    """Image i as global crops `(2, 3, S, S)` and local crops `(V, 3, s, s)`, uint8."""
-    image, _ = data[i]
-    crops = [view(image) for view in views]
-    return torch.stack(crops[:2]), torch.stack(crops[2:])
+# What differs from the recipe above. A toy image has few colors, by which its crops would find each
+# other at once: strong changes of saturation and hue leave the shape to look at.
+PRESETS = {
+    "photos": {},
+    "small": dict(img_size=32, local_size=16, local_crops=6, patch_size=4, out_dim=4096,
+                  hidden_dim=1024, blur_sigma=0.5),
+    "toy": dict(arch="toy", img_size=32, local_size=16, local_crops=2, patch_size=8, out_dim=256,
+                hidden_dim=256, teacher_temp=0.025, momentum=0.99, min_crop=0.6,
+                local_min_crop=0.3, saturation=0.8, hue=0.5, gray=0.5, blur_sigma=0.5, epochs=8,
+                warmup_epochs=1, batch_size=32, base_lr=1.2e-2, weight_decay_end=0.04)}
+
+
+class Samples(Dataset):
+    """Sample v: crops `(2, 3, S, S)` and `(V, 3, s, s)`, uint8; they follow from (seed, v)."""
+
+    def __init__(self, data, args):
+        self.data = data
+        self.args = args
+        self.global_crop = v2.RandomResizedCrop(
+            args.img_size, (args.min_crop, 1), interpolation=BICUBIC)
+        self.local_crop = v2.RandomResizedCrop(
+            args.local_size, (args.local_min_crop, args.min_crop), interpolation=BICUBIC)
+        self.jitter = v2.ColorJitter(0.4, 0.4, args.saturation, args.hue)
+
+    def __getitem__(self, v):
+        image, _ = self.data[shuffled(v, len(self.data), self.args.seed)]
+        first = self.change(self.global_crop(image), blur=1, solarize=0)
+        second = self.change(self.global_crop(image), blur=0.1, solarize=0.2)
+        local_crops = [self.change(self.local_crop(image), blur=0.5, solarize=0)
+                       for _ in range(self.args.local_crops)]
+        return torch.stack([first, second]), torch.stack(local_crops)
+
+    def change(self, image, blur, solarize):
+        """Random changes of a crop, as in BYOL; two of the probabilities differ."""
+        image = image / 255  # float32: jitter is faster than on uint8
+        if torch.rand(1) < 0.8:
+            image = self.jitter(image)
+        if torch.rand(1) < self.args.gray:
+            image = v2.functional.rgb_to_grayscale(image, num_output_channels=3)
+        if torch.rand(1) < blur:
+            image = random_blur(image, self.args.blur_sigma)
+        if torch.rand(1) < solarize:
+            image = v2.functional.solarize(image, 0.5)  # inverts bright pixels
+        if torch.rand(1) < 0.5:
+            image = v2.functional.horizontal_flip(image)
+        return (255 * image).round().byte()
+
+
+def random_blur(image, largest):
+    """Gaussian blur along one axis, then the other: as in two dimensions, but faster."""
+    sigma = 0.1 + (largest - 0.1) * torch.rand(1).item()
+    kernel = 2 * math.ceil(3 * sigma) + 1  # three standard deviations to each side
+    image = v2.functional.gaussian_blur(image, [kernel, 1], [sigma, sigma])
+    return v2.functional.gaussian_blur(image, [1, kernel], [sigma, sigma])
 
 
 def train(args):
-    device, stop = setup(args)
-    # Data: an endless stream. All that is random about sample number v follows from (seed, v).
+    device = setup(args)
     data = open_data(args, train=True)
-    if not 2 * WORLD <= args.batch_size <= len(data):
-        raise UserError(f"--batch-size {args.batch_size}: from 2 images a rank to all {len(data)} images")
-    bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
-    crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), **bicubic)
-    local = v2.RandomResizedCrop(args.local_size, sorted((args.local_min_crop, args.min_crop)), **bicubic)
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, args.saturation, args.hue)], p=0.8)
-    gray = v2.RandomGrayscale(args.gray)
-    kernel = max(3, args.img_size // 20 * 2 + 1)    # odd, a tenth of the image: 23 at 224 px
-    blur = v2.GaussianBlur(kernel, (0.1, args.blur_sigma))
-    flip = v2.RandomHorizontalFlip()
-    solarize = v2.RandomSolarize(threshold=128, p=0.2)
-    view_1 = v2.Compose([crop, jitter, gray, blur, flip])
-    view_2 = v2.Compose([crop, jitter, gray, v2.RandomApply([blur], p=0.1), solarize, flip])
-    local_view = v2.Compose([local, jitter, gray, v2.RandomApply([blur], p=0.5), flip])
-    views = [view_1, view_2] + [local_view] * args.local_crops
-    stream = Stream(len(data), args.seed, functools.partial(make_sample, data, views))
-    mean, std = MEAN.to(device), STD.to(device)    # of pixels from 0 to 255
-    steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
+    validation = open_data(args, train=False)
+    chosen = range(0, len(validation), 1 + len(validation) // 6)
+    examples = torch.stack([center_crop(validation[i][0], 2 * args.img_size) for i in chosen])
+    mean, std = vit.MEAN.to(device), vit.STD.to(device)
 
-    # Model and optimizer: new, from --init, or from the checkpoint of an interrupted run.
     torch.manual_seed(args.seed)
-    encoder_fn = functools.partial(vit.ARCHS[args.arch], img_size=args.img_size, patch_size=args.patch_size)
-    model = DINO(encoder_fn, args.out_dim, args.hidden_dim, args.temperature, args.teacher_temp).to(device)
-    if args.init and not args.resume:
+    encoder_fn = functools.partial(vit.ARCHS[args.arch], args.img_size, args.patch_size)
+    sizes = args.out_dim, args.hidden_dim
+    model = DINO(encoder_fn, *sizes, args.temperature, args.teacher_temp).to(device)
+    if args.init and not (args.out / "last.pt").exists():
         print(f"--init {args.init}: {vit.load_weights(model.student, args.init)}")
         model.teacher.load_state_dict(model.student.state_dict())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([p for p in parameters if p.ndim > 1], betas=(0.9, 0.999), fused=True)
-    optimizer.add_param_group({"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0})
+    matrices = {"name": "matrices", "params": [p for p in parameters if p.ndim > 1]}
+    vectors = {"name": "vectors", "params": [p for p in parameters if p.ndim == 1]}  # biases, norms
+    optimizer = torch.optim.AdamW([matrices, vectors], weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    step = start(args, data, model=model, optimizer=optimizer, scaler=scaler)    # from last.pt; 0: a new run
-    if args.compile:    # the transformers alone: ranks communicate in the center
+    done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
+    if args.compile:  # not the center, where ranks communicate
         for block in [*model.student.blocks, *model.teacher.blocks]:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False)  # all batches have one size
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
-    end = min(steps, step + (args.max_steps or steps))
-    batches = load(stream, step, end, args)
-    log, last_save = Log(args, step, steps), time.time()
-    while step < end:
-        lr = learning_rate(step, steps, warmup, args.base_lr * args.batch_size / 256, 1e-6)
-        momentum = learning_rate(step, steps, 0, args.momentum, 1.0)    # the same cosine, up to 1
+    autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
+
+    steps = max(1, round(args.epochs * len(data) / args.batch_size))
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
+    end = min(steps, done + args.max_steps) if args.max_steps else steps
+    log = Log(args, scaler)
+    B = args.batch_size  # step s has samples [s B, (s + 1) B)
+    mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
+    batches = log.timed(DataLoader(
+        Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
+        pin_memory=torch.cuda.is_available()))
+    last_save = time.time()
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+        lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256, 1e-6)
+        decay = cosine(step - 1, steps, args.weight_decay, args.weight_decay_end)
+        momentum = cosine(step - 1, steps, args.momentum, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        decay = learning_rate(step, steps, 0, args.weight_decay, args.weight_decay_end)
-        optimizer.param_groups[0]["weight_decay"] = decay              # of the matrices
-        x1, x2 = log.next(batches)    # global crops (B, 2, 3, S, S), local crops (B, V, 3, s, s), uint8
-        x1 = (x1.to(device, non_blocking=True) - mean) / std
-        x2 = (x2.to(device, non_blocking=True) - mean) / std
+            if group["name"] == "matrices":
+                group["weight_decay"] = decay
+        global_crops, local_crops = [x.to(device, non_blocking=True) for x in next(batches)]
         with autocast:
-            loss = network(x1, x2)
+            loss = network((global_crops - mean) / std, (local_crops - mean) / std)
         scaler.scale(loss).backward()
+        log.add(loss=loss, **model.monitors)
         scaler.unscale_(optimizer)
-        grad_norm = torch.stack([nn.utils.clip_grad_norm_(p, args.clip_grad) for p in parameters]).norm()
-        if step * args.batch_size < len(data):    # first epoch: the last layer is frozen
+        grad_norm = clip_each(parameters, args.clip_grad).norm()
+        if (step - 1) * args.batch_size < len(data):  # epoch 0: freeze the last layer, steadier
             model.student.head[-1].weight.grad = None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         model.update_teacher(momentum)
-        step += 1
-        log.window.append({"loss": loss.detach(), **model.monitors, "grad_norm": grad_norm})
-        if not (step % args.log_every == 0 or step == end or (stop and WORLD == 1)):
-            continue
-        # Only here does the program wait for the device: it reads the losses, and ranks agree to stop.
-        epoch = step * args.batch_size / len(data)
-        stopping = log.write(step, stop, epoch=epoch, lr=lr, momentum=momentum)
-        if RANK == 0 and (step == end or stopping or time.time() - last_save > 60 * args.save_minutes):
-            save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
-            draw_curves(args)
-            draw_attention(args, model.teacher, mean, std)
-            last_save = time.time()
-        if stopping:
-            break
-    print(f"{'done' if step == steps else 'stopped, --resume continues'}: step {step} of {steps}")
+        # Up to here nothing waited for the device. Reading the losses does.
+        if step % args.log_every == 0 or step == end:
+            epoch = step * args.batch_size / len(data)
+            log.write(step, epoch=epoch, lr=lr, momentum=momentum, grad_norm=grad_norm.item())
+            if RANK == 0 and (step == end or time.time() - last_save > 60 * args.save_minutes):
+                save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
+                draw_curves(args)
+                draw_attention(args, model.teacher, examples, mean, std)
+                last_save = time.time()
+    print(f"step {end} of {steps}: {args.out}")
+
+
+def cosine(step, steps, first, last):  # from `first` at step 0 to `last` at `steps`
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def draw_curves(args):
     """curves.png: the loss and the collapse indicators over the epochs, from log.jsonl."""
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-    names = ("loss", "entropy", "kl", "token_spread")
     figure = Figure((12, 3), layout="tight")
-    for axis, name in zip(figure.subplots(1, 4), names):
+    for axis, name in zip(figure.subplots(1, 4), ("loss", "entropy", "kl", "token_spread")):
         axis.plot([entry["epoch"] for entry in log], [entry[name] for entry in log])
         axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, None))
     figure.suptitle(f"DINO {args.arch} on {args.data}")
     figure.savefig(args.out / "curves.png")
 
 
-def draw_attention(args, encoder, mean, std):
-    """attention.png: where the class token looks in the last block; images of twice the size, finer maps."""
-    data = open_data(args, train=False)
-    images = [center_crop(data[i][0], 2 * args.img_size) for i in range(0, len(data), 1 + len(data) // 6)]
-    inputs = (torch.stack(images).to(mean.device) - mean) / std
-    maps = vit.attention_maps(encoder, inputs, [len(encoder.blocks) - 1])[0, :, :, 0, 1:]    # (B, h, L)
+def draw_attention(args, encoder, examples, mean, std):
+    """attention.png: where class tokens look in the last block; large images make finer maps."""
+    images = (examples.to(mean.device) - mean) / std
+    maps = vit.attention_maps(encoder, images, [len(encoder.blocks) - 1])  # (1, B, h, N, N)
+    side = 2 * encoder.grid
+    maps = maps[0, :, :, 0, 1:].unflatten(2, (side, side)).cpu().numpy()
     figure = Figure((13, len(images) + 0.5), layout="tight")
     axes = figure.subplots(len(images), 13, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for row, image, heads in zip(axes, images, maps.unflatten(2, (2 * encoder.grid, -1)).cpu()):
-        for axis, picture in zip(row, [image.permute(1, 2, 0), *heads]):
-            axis.imshow(picture.numpy(), vmin=0)
-    figure.suptitle(f"DINO {args.arch}: {data.split} images of {args.data}, attention in heads 1 to 12")
+    for i, image in enumerate(examples):
+        axes[i, 0].imshow(image.permute(1, 2, 0).numpy())
+        for head in range(12):
+            axes[i, 1 + head].imshow(maps[i, head], vmin=0)
+    figure.suptitle(f"DINO {args.arch} on {args.data}: attention in heads 1 to 12")
     figure.savefig(args.out / "attention.png")
 
 
 def main(argv=None):
-    args = parse(argv, {**TRAINING, **SETTINGS}, out="runs/dino")
+    args = parse(argv, settings, PRESETS, out="runs/dino")
     if args.accum > 1:
-        raise UserError(f"--accum {args.accum}: the center moves once, by the whole batch, which here "
-                        "cannot be split; use more ranks, --amp bf16, or a smaller --batch-size")
+        raise vit.InputError(f"--accum {args.accum}: the center moves once for all images of a "
+                             "batch; use more ranks, --amp bf16, or a smaller --batch-size")
+    if args.local_min_crop > args.min_crop:
+        raise vit.InputError(f"--local-min-crop {args.local_min_crop} is above --min-crop")
     train(args)
 
 
-# ======================================== plumbing, start: arguments and errors
-class UserError(Exception):
-    """Invalid input: one line on stderr, exit code 2."""
+# ==================== plumbing: the same in all scripts; skip it at first
 
-
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))    # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's
-STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-PRESETS = ("toy", "small", "photos")    # the columns of SETTINGS
-NAMED = {"toy": "toy", "cifar10": "small", "cifar100": "small", "fashionmnist": "small"}
-COMMON = {  # argument: default; meaning; allowed values
-    "data": ("toy", f"a folder with train/ and val/, or one of: {' '.join(NAMED)}"),
-    "preset": (None, "column of the settings (default: by --data)", *PRESETS),
-    "root": ("data", "folder of CIFAR and Fashion-MNIST"),
-    "download": (False, "fetch them first"),
-    "fraction": (1.0, "train on this share of each class", 1e-9, 1),
-    "long_tail": (False, "train on class sizes shaped like ImageNet-LT's"),
-    "workers": (None, "processes that load images, per rank (default: its cores)", 0, 999),
-    "seed": (0, "seed of weights, order, crops, masks", 0, 2 ** 32 - 1),
-}
+WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+BICUBIC = v2.InterpolationMode.BICUBIC
+to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
+NAMED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
+IMAGES = (".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+MAY_CHANGE = ("out", "preset", "data", "root", "download", "workers", "accum", "compile",
+              "log_every", "save_minutes", "max_steps", "resume", "init", "teacher")
 
 
-def parse(argv, settings, out):
-    """The arguments of `COMMON` and `settings`; a tuple has a default per preset. UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    table = {"out": (Path(out), "folder of the results"), **COMMON, **settings}
-    for name, (default, meaning, *allowed) in table.items():
-        values = default if isinstance(default, tuple) else (default,)
-        kind = type([value for value in (*values, *allowed, "") if value is not None][0])
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if allowed and kind is str:
-            options["choices"] = allowed
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **options)
-    parser.set_defaults(**{name: row[0] for name, row in table.items() if not isinstance(row[0], tuple)})
-    args = parser.parse_args(argv)
-    args.preset = args.preset or NAMED.get(args.data, "photos")
-    for name, (default, _, *allowed) in table.items():
-        if getattr(args, name) is None and isinstance(default, tuple):
-            setattr(args, name, default[PRESETS.index(args.preset)])
-        value = getattr(args, name)
-        if allowed and isinstance(value, (int, float)) and not allowed[0] <= value <= allowed[1]:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not from {allowed[0]} to {allowed[1]}")
-    return args
+def parse(argv, settings, presets, out, recipes=None):
+    """What is typed; else what the run to resume had; else the preset's; else the default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("--data", default="toy", help=f"folder with train/ and val/, or toy, {', '.join(NAMED)}")
+    add("--preset", choices=presets, help="sizes and recipe, else by --data")
+    settings(parser)
+    add("--out", type=Path, default=out, help="folder of the results")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--root", default="data", help="folder of downloads")
+    add("--download", action="store_true", help="download CIFAR or Fashion-MNIST")
+    add("--fraction", type=share, default=1.0, help="share of each class to train on")
+    add("--long-tail", action="store_true", help="class sizes like ImageNet-LT's")
+    add("--seed", type=int, default=0, help="of weights, order, crops, masks")
+    add("--accum", type=count, default=1, help="micro-batches in an update")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--workers", type=int, default=WORKERS, help="loading processes")
+    add("--log-every", type=count, default=10, help="steps between log lines")
+    add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
+    add("--max-steps", type=count, help="stop early, the schedule unchanged")
+    typed, _ = parser.parse_known_args(argv)
+    by_data = {"toy": "toy", **dict.fromkeys(NAMED, "small")}.get(typed.data, "photos")
+    preset = typed.preset or by_data
+    parser.set_defaults(preset=preset, **presets[preset])
+    if recipes:
+        parser.set_defaults(**recipes[typed.recipe])
+    if typed.resume and (typed.out / "config.json").exists():
+        before = json.loads((typed.out / "config.json").read_text())
+        names = (before.keys() & vars(typed)) - {"max_steps"}
+        parser.set_defaults(**{name: before[name] for name in names})
+    add("-h", "--help", action="help", default=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
-def refuse(reason):
-    raise UserError(str(reason))
+def count(text):  # type of an argument: 1, 2, 3, ...
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
-def run(main, leave=os._exit):
-    """Runs a script. Invalid input, also in a worker, ends it with one line and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        main()
-    except Exception as error:
-        line = traceback.format_exc()
-        if isinstance(error, (UserError, vit.InputError, OSError)):
-            line = "error: " + str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
-            line = "error: a process that loads images was killed (out of memory?)"
-        print(line, file=sys.stderr, flush=True)
-        leave(2)    # waits for no rank and no worker
+def amount(text):  # a number from 0 up
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
-# ======================================== plumbing, data: images and the sample stream
+def share(text):  # a number from 0 to 1
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
 
-class Folder(torchvision.datasets.ImageFolder):
-    """Images below a folder: top folders are classes (2 before 10); without them all labels are 0."""
+
+class Folder(Dataset):
+    """All images below a folder; the class of each is the top folder, "" if it lies in none."""
 
     def __init__(self, root):
+        self.root = root
+        self.skipped = 0
+        paths = []
+        errors = []
         seen = set()
-        for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
+        for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
             if os.path.realpath(folder) in seen:
-                raise UserError(f"{folder}: links lead here twice, its images would count twice")
+                raise vit.InputError(f"{folder}: links lead here twice")
             seen.add(os.path.realpath(folder))
-        super().__init__(root, transform=to_tensor, loader=read_image)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            files = sorted(name for name in files if name[0] != ".")
+            images = [name for name in files if name.lower().endswith(IMAGES)]
+            self.skipped += len(files) - len(images)
+            inside = os.path.relpath(folder, root).removeprefix(".")
+            paths += [os.path.join(inside, name) for name in images]
+        if not paths:
+            errors.append("no images")
+        if errors:
+            raise vit.InputError(f"{root}: {errors[0]}")
+        tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]
+        classes, self.targets = np.unique(tops, return_inverse=True)
+        self.classes = classes.tolist()
+        self.paths = np.array([os.fsencode(path) for path in paths])  # workers share an array
 
-    def find_classes(self, directory):
-        names = sorted(next(os.walk(directory))[1], key=lambda n: (len(n) * n.isdecimal(), n)) or [""]
-        return names, {name: label for label, name in enumerate(names)}
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image = read_image(os.path.join(self.root, os.fsdecode(self.paths[i])))
+        return to_tensor(image), int(self.targets[i])
 
 
 def read_image(path):
-    """A file as a PIL image. UserError that names it."""
+    """A file as an RGB PIL image. Raises InputError that names it."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:    # PIL raises many types
-        raise UserError(f"{path}: unreadable image ({error!r:.200})") from None
-    if image.mode[0] in "IF":
-        raise UserError(f"{path}: more than 8 bits a pixel (PIL mode {image.mode})")
-    return image
-
-
-def to_tensor(image):
-    """A PIL image as an RGB uint8 tensor, `(3, H, W)`."""
-    image = image.convert("RGBA") if image.mode == "P" else image    # else PIL warns of transparency
-    return v2.functional.pil_to_tensor(image.convert("RGB"))
+        image = Image.open(path)
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a pixel, mode {image.mode}")
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many types
+        raise vit.InputError(f"{path}: unreadable image ({error!r:.200})") from None
 
 
 def open_data(args, train):
-    """One split: `data[i] -> (uint8 tensor (3, H, W), label)`, with `targets`, `classes`, `split`."""
-    root = Path(args.data)
+    """A split: `data[i] -> (uint8 (3, H, W), label)`, with `targets` and `classes`."""
+    source = args.data
     if args.data == "toy":
         data = vit.ToyShapes(train, args.img_size)
     elif args.data in NAMED:
-        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST"}
-        dataset = getattr(torchvision.datasets, names[args.data])
-        if args.download and (train or WORLD == 1) and LOCAL_RANK == 0:    # once a node, both splits
-            dataset(args.root, train, download=True)
-        if args.download and train and WORLD > 1:
-            dist.barrier()
+        dataset = getattr(torchvision.datasets, NAMED[args.data])
         try:
+            if args.download and LOCAL_RANK == 0:
+                dataset(args.root, train, download=True)
+            if args.download and WORLD > 1:
+                dist.barrier()
             data = dataset(args.root, train, transform=to_tensor)
-        except RuntimeError:
-            raise UserError(f"--data {args.data}: not in --root {args.root}; --download fetches it") from None
-    elif not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, nor one of: {' '.join(NAMED)}")
+        except (OSError, RuntimeError) as error:
+            raise vit.InputError(f"--data {args.data}: {error}") from None
     else:
-        tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-        if not train and not tests:    # training images also serve for evaluation
-            return open_data(args, train=True)
-        split = root / "train" if tests or (root / "train").is_dir() else root
-        data = Folder(str(split if train else tests[0]))
+        root = Path(args.data)
+        held_out = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
+        if held_out and not train:
+            root = held_out[0]
+        elif held_out or (root / "train").is_dir():  # train/ alone serves for both splits
+            root = root / "train"
+        data = Folder(root)
+        source = f"{root}, {data.skipped:,} other files skipped"
     if train and (args.fraction < 1 or args.long_tail):
-        whole, targets = data, np.array(data.targets)
-        data = Subset(whole, subset(targets, args))
-        data.targets, data.classes = targets[data.indices], whole.classes
-    data.split = "training" if train else "validation"
+        targets, classes = np.array(data.targets), data.classes
+        data = Subset(data, subset(targets, args))
+        data.targets, data.classes = targets[data.indices], classes
+    split = "training" if train else "validation"
+    print(f"{split}: {len(data):,} images of {len(data.classes):,} classes from {source}")
     return data
 
 
 def subset(targets, args):
-    """Sorted indices: --fraction of each class; --long-tail: Pareto, power 6, 1280 to 5."""
+    """Sorted indices: --fraction of each class; --long-tail: Pareto, 1280 to 5."""
     rng = np.random.default_rng((args.seed, 1))
     classes = rng.permutation(np.unique(targets))
     pareto = (np.arange(1, len(classes) + 1) / (len(classes) + 1)) ** (-1 / 6) - 1
     shares = np.maximum(pareto / pareto[0], 5 / 1280) if args.long_tail else np.ones(len(classes))
-    members = [rng.permutation(np.flatnonzero(targets == label)) for label in classes]
-    counts = [max(1, round(args.fraction * share * len(m))) for share, m in zip(shares, members)]
-    return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
+    chosen = []
+    for label, part in zip(classes, args.fraction * shares):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        chosen.append(members[:max(1, round(part * len(members)))])
+    return np.sort(np.concatenate(chosen))
 
 
 def center_crop(image, size):
-    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, bicubic, center crop."""
+    """Evaluation's view of `(3, H, W)`: resized to 256/224 of the size, center crop."""
     if image.shape[1:] != (size, size):
-        image = v2.functional.resize(image, round(size * 256 / 224), v2.InterpolationMode.BICUBIC)
+        image = v2.functional.resize(image, round(size * 256 / 224), BICUBIC)
     return v2.functional.center_crop(image, size)
 
 
-class Stream(Dataset):
-    """Endless samples of n images: sample v is `make(i)`, i = permutation(seed, v // n)[v % n].
-
-    All that is random about it comes from (seed, v). Step s is samples [s B, (s + 1) B), every R-th of
-    them for a rank of R. So resuming, workers, ranks and accumulation change nothing.
-    """
-
-    def __init__(self, n, seed, make):
-        self.n, self.seed, self.make, self.epoch = n, seed, make, None
-
-    def __getitem__(self, v):
-        if v // self.n != self.epoch:
-            self.epoch = v // self.n
-            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
-        seed = np.random.SeedSequence((self.seed, v)).generate_state(1)[0]
-        torch.default_generator.manual_seed(int(seed))    # uses 32 bits
-        return self.make(self.order[v % self.n])
+@functools.lru_cache(maxsize=1)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n).astype(np.int32)
 
 
-def load(stream, step, end, args):
-    """This rank's batches from `step` to `end`, --accum a step; workers are at most two ahead."""
-    batch = args.batch_size // getattr(args, "crops_per_image", 1)
-    batches = (list(range(s * batch + RANK, (s + 1) * batch, WORLD)[part::args.accum])
-               for s in range(step, end) for part in range(args.accum))
-    cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = 0 if args.data in NAMED and not cuda else workers    # 0: images in memory
-    return iter(DataLoader(stream, batch_sampler=batches, pin_memory=cuda, worker_init_fn=ignore_signals,
-                           num_workers=workers if args.workers is None else args.workers))
+def shuffled(v, n, seed):
+    """The image of sample v. Seeds torch, too: all drawn after it follows from (seed, v)."""
+    number = np.random.SeedSequence((seed, v)).generate_state(1)[0]
+    torch.default_generator.manual_seed(int(number))
+    return permutation(n, seed, v // n)[v % n]
 
 
-def ignore_signals(_):
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ======================================== plumbing, training: ranks, checkpoints, log
-
-TRAINING = {  # argument: default; meaning; allowed values
-    "resume": (False, "continue the run in --out exactly"),
-    "accum": (1, "micro-batches in an update, to save memory", 1, 10 ** 6),
-    "clip_grad": (None, "largest norm of the gradient", 1e-9, 1e9),
-    "amp": (None, "mixed precision (default: bf16 or fp16 on a GPU)", "bf16", "fp16", "off"),
-    "compile": (False, "torch.compile: a slow first step, then faster ones"),
-    "log_every": (10, "steps between lines of the log", 1, 10 ** 9),
-    "save_minutes": (5.0, "minutes between checkpoints and figures", 0, 10 ** 9),
-    "max_steps": (None, "stop after this many steps, the schedule unchanged", 1, 10 ** 9),
-}
-FREE = {*TRAINING, *COMMON, "out", "init", "teacher"} - {"clip_grad", "amp", "fraction", "long_tail", "seed"}
-
-
-def setup(args):
-    """Prints the settings, joins the other ranks; returns the device and a set that signals fill."""
-    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def setup(args, crops=1):
+    """Joins the other ranks, prints the settings, returns the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise vit.InputError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        args.amp = args.amp or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = args.amp or ("bf16" if bf16 else "fp16")
     args.amp = args.amp or "off"
-    args.resume = args.resume and (args.out / "last.pt").exists()
-    batch, parts = args.batch_size, WORLD * args.accum * getattr(args, "crops_per_image", 1)
-    if batch % parts:
-        raise UserError(f"--batch-size {batch}: must be a multiple of {parts}, ranks x accum x crops")
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if WORLD > 1:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    B = args.batch_size
+    parts = WORLD * args.accum * crops
+    if B % parts:
+        raise vit.InputError(f"--batch-size {B}: not a multiple of {parts}, ranks x accum x crops")
+    if args.warmup_epochs >= args.epochs or args.seed < 0:
+        raise vit.InputError(f"--warmup-epochs {args.warmup_epochs} or --seed is out of range")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    print("settings:", ", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print(f"batch: {WORLD} ranks x {batch // WORLD // args.accum} images x {args.accum} accum = {batch};",
-          f"lr: {args.base_lr:g} x {batch} / 256 = {args.base_lr * batch / 256:g}")
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = set()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:    # nohup ignores SIGHUP
-            signal.signal(number, lambda number, frame: stop.add(number))
-    return device, stop
+    print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()])
+    print(f"batch {B} = {WORLD} ranks x {args.accum} accum x {B // (WORLD * args.accum)} images;",
+          f"lr {args.base_lr * B / 256:g} = {args.base_lr:g} x {B} / 256")
+    return device
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
     """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
     if step < warmup:
         return lr * step / warmup
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    progress = (step - warmup) / (steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def start(args, data, **parts):
-    """Fills `parts` from last.pt, read by rank 0, and returns its step. A new run makes --out: 0."""
-    images, path = getattr(data, "dataset", data), args.out / "last.pt"
-    names = "/".join(file[len(images.root):] for file, _ in getattr(images, "samples", [])) or args.data
-    args.images = f"{len(data)} {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
-    shared = [None, args.images]
-    if args.resume and RANK == 0:
-        try:
-            shared[0] = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(shared[0]["config"])
-        except Exception as error:    # many types
-            raise UserError(f"{path}: not a checkpoint ({error!r:.200})") from None
-        for name in config | vars(args):
-            if name not in FREE and config.get(name) != vars(args).get(name):
-                raise UserError(f"{path}: {name} was {config.get(name)}, now it is {vars(args).get(name)}")
-        (args.out / "log.jsonl").write_text(shared[0]["log"])
-    if WORLD > 1:
-        dist.barrier()    # every rank has read --init, which may lie in --out
-        dist.broadcast_object_list(shared)
-    if shared[1] != args.images:
-        raise UserError(f"--data {args.data}: rank {RANK} has other images than rank 0")
-    if shared[0]:
+    """Claims --out, or fills `parts` from the run in it. Returns its steps."""
+    args.images = len(data)
+    if args.batch_size > args.images:
+        raise vit.InputError(f"--batch-size {args.batch_size}: only {len(data)} images, give less")
+    path = args.out / "last.pt"
+    checkpoint = {"step": 0, "log": ""}
+    if args.resume and path.exists():
+        checkpoint = vit.open_checkpoint(path)
+        now = vars(args)
+        changed = [f"--{name.replace('_', '-')} was {value}, now {now.get(name)}"
+                   for name, value in checkpoint["config"].items()
+                   if name not in MAY_CHANGE and value != now.get(name)]
+        if changed:
+            raise vit.InputError(f"{path}: {'; '.join(changed)}")
         for name, part in parts.items():
-            part.load_state_dict(shared[0][name])
-        return shared[0]["step"]
+            part.load_state_dict(checkpoint[name])
+    ranks = [(checkpoint["step"], args.images)] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, ranks[0])
+    if len(set(ranks)) > 1:
+        raise vit.InputError(f"ranks differ in (step, images): {ranks}")
     if RANK == 0:
-        out = args.out.absolute()
-        if (out / "config.json").exists() or path.exists():
-            free = (out.with_name(f"{out.name}-{k}") for k in range(1, 10 ** 6))
-            old = out.rename(next(path for path in free if not path.exists()))
-            print(f"{out} already contains a run: renamed to {old}")
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"new run in {out}")
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1, default=str))
-    return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(args.out / "config.json", "w" if args.resume else "x") as file:
+                json.dump(vars(args), file, indent=1, default=str)
+        except FileExistsError:
+            raise vit.InputError(f"{args.out} holds a run: --resume, or another --out") from None
+        (args.out / "log.jsonl").write_text(checkpoint["log"])  # drops later lines
+    return checkpoint["step"]
 
 
 def save(args, name, step, **parts):
-    """Writes a temporary file, flushes it to disk, renames it: never half a checkpoint."""
-    path, temporary = args.out / name, args.out / f"{name}.tmp"
+    """Writes a checkpoint beside the old one, then renames it."""
     state = {part: module.state_dict() for part, module in parts.items()}
-    state.update(step=step, config={**vars(args), "out": str(args.out)})
-    state["log"] = (args.out / "log.jsonl").read_text()
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        raise UserError(f"step {step}: a weight is not finite; {path} is unchanged")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error!r:.200}); it is unchanged") from None
+        raise vit.InputError(f"step {step}: a weight is not finite, {name} is unchanged")
+    config = {**vars(args), "out": str(args.out)}
+    state.update(step=step, config=config, log=(args.out / "log.jsonl").read_text())
+    torch.save(state, args.out / "saving.tmp")
+    os.replace(args.out / "saving.tmp", args.out / name)
 
 
 class Log:
-    """Keeps the scalars of the last steps, on the device, until `write` logs their means."""
+    """Sums scalars on the device; `write` prints and files their means over steps and ranks."""
 
-    def __init__(self, args, step, steps):
-        self.args, self.window, self.waited, self.since = args, [], 0.0, time.time()
-        self.bar = tqdm(total=steps, initial=step, disable=RANK > 0 or not sys.stderr.isatty())
+    def __init__(self, args, scaler):
+        self.args = args
+        self.scaler = scaler
+        self.clear()
 
-    def next(self, batches):
-        """The next batch; its time counts as waiting for data."""
+    def clear(self):
+        self.sums = {}
+        self.parts = 0
+        self.waited = 0.0
+        self.since = time.time()
+
+    def timed(self, batches):  # the time that they take to come is logged as data_wait
         began = time.time()
-        batch = next(batches)
-        self.waited += time.time() - began
-        return batch
+        for batch in batches:
+            self.waited += time.time() - began
+            yield batch
+            began = time.time()
 
-    def write(self, step, stop, **entry):
-        """Logs means over steps and ranks; returns whether any rank is to stop. UserError."""
-        table = torch.stack([torch.stack(list(scalars.values())) for scalars in self.window]).float()
-        stopping = table.new_tensor(bool(stop))
+    def add(self, **scalars):  # tensors of a micro-batch, on the device
+        for name, scalar in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + scalar.detach()
+        self.parts += 1
+
+    def write(self, step, **entry):
+        """Adds a line to log.jsonl, or raises InputError, on all ranks, if it is not finite."""
+        means = torch.stack(list(self.sums.values())).float() / self.parts / WORLD
         if WORLD > 1:
-            dist.all_reduce(stopping)
-            dist.all_reduce(table)
-        table = table.cpu() / WORLD    # (steps, scalars), grad_norm last
-        required = table[:, :-1] if self.args.amp == "fp16" else table    # fp16 skips steps that overflow
-        bad = (~required.isfinite().all(dim=1)).tolist()
-        if any(bad):
-            raise UserError(f"step {step - len(bad) + bad.index(True) + 1}: loss or gradient is not finite, "
-                            "last.pt is unchanged; try --amp bf16, --clip-grad 1, a lower --base-lr")
-        kept, seconds = table[table.isfinite().all(dim=1)], time.time() - self.since
-        entry = {**dict(zip(self.window[0], kept.mean(dim=0).tolist())), **entry}
-        speed = len(table) * self.args.batch_size / seconds
-        entry |= {"images_per_s": speed, "data_wait": self.waited / seconds}
-        entry = {"step": step, **{name: float(f"{value:.6g}") for name, value in entry.items()}}
+            dist.all_reduce(means)
+        entry = {"step": step, **dict(zip(self.sums, means.tolist())), **entry}
+        if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
+            del entry["grad_norm"]  # fp16 skipped this step
+        if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
+                                 "--clip-grad 1, a lower --base-lr")
+        seconds = time.time() - self.since
+        images = self.args.batch_size * self.parts / self.args.accum
+        entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}
+        tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in entry.items()))
         if RANK == 0:
-            with (self.args.out / "log.jsonl").open("a") as file:
+            with open(self.args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.bar.update(step - self.bar.n)
-            tqdm.write("  ".join(f"{name} {value:g}" for name, value in entry.items()))
-        self.window, self.waited, self.since = [], 0.0, time.time()
-        return stopping.item() > 0
+        self.clear()
 
-
-# ======================================== the end of the plumbing
 
 if __name__ == "__main__":
-    run(main)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except vit.InputError as error:  # a worker's has its traceback in front
+        print("error:", str(error).rpartition("InputError: ")[2].strip(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: --resume continues", file=sys.stderr)
+        sys.exit(130)

@@ -5,9 +5,10 @@
     python tests/bench.py mae finetune --batch-size 256 --compile    # on a GPU: bf16
     python tests/bench.py throughput --arch tiny --batch-size 1024   # Table 2's columns
 
-Parts: load (decode, crop, flip, per core), views (MoCo-v3's and DINO's samples, per core), toy (what loading costs of a toy
-step), memory (of a loading worker, Linux), mae, finetune, mocov3, distill (training steps of the network alone), end (a run of mae.py against its network
-alone), cka (layer similarity), throughput. Machines are noisy: rounds of the ways alternate, and the ratio is the
+Parts: load (decode, crop, flip, per core), views (samples of MoCo-v3 and DINO, per core), toy (what
+loading costs of a toy step), memory (of a loading worker, Linux), mae, finetune, mocov3, distill
+(training steps of the network alone), end (a run of mae.py against its network alone), cka (layer
+similarity), throughput. Machines are noisy: rounds of the ways alternate, and the ratio is the
 median over rounds.
 """
 import argparse
@@ -236,7 +237,8 @@ def part_views(args):
 
     def plain_view(samples, crop, blur, *last):
         jitter = v2.RandomApply([samples.jitter], p=0.8)
-        return v2.Compose([crop, jitter, v2.RandomGrayscale(0.2), blur, *last, v2.RandomHorizontalFlip()])
+        gray = v2.RandomGrayscale(0.2)
+        return v2.Compose([crop, jitter, gray, blur, *last, v2.RandomHorizontalFlip()])
 
     def measure(title, module, samples, views):
         number = min(100, len(samples.data))
