@@ -238,7 +238,7 @@ def train(args):
     encoder_fn = functools.partial(vit.ARCHS[args.arch], args.img_size, args.patch_size)
     sizes = args.out_dim, args.hidden_dim
     model = DINO(encoder_fn, *sizes, args.temperature, args.teacher_temp).to(device)
-    if args.init and not (args.out / "last.pt").exists():
+    if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(model.student, args.init)}")
         model.teacher.load_state_dict(model.student.state_dict())
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -263,7 +263,7 @@ def train(args):
         Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
         pin_memory=torch.cuda.is_available()))
     last_save = time.time()
-    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
         lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256, 1e-6)
         decay = cosine(step - 1, steps, args.weight_decay, args.weight_decay_end)
         momentum = cosine(step - 1, steps, args.momentum, 1.0)

@@ -250,7 +250,7 @@ def train(args):
     encoder_fn = functools.partial(vit.ARCHS[args.arch], args.img_size, args.patch_size)
     sizes = args.dim, args.mlp_dim
     model = MoCoV3(encoder_fn, *sizes, args.temperature, args.stop_grad_conv1).to(device)
-    if args.init and not (args.out / "last.pt").exists():
+    if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(model.base_encoder, args.init)}")
         model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -273,7 +273,7 @@ def train(args):
         Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
         pin_memory=torch.cuda.is_available()))
     last_save = time.time()
-    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
         lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr

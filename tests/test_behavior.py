@@ -150,6 +150,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, s
     assert whole == killed and whole[-1][0] == done + 3
 
 
+@pytest.mark.slow
 def test_resume_in_pieces_equals_one_run(tmp_path, capsys):
     call(mae, *TINY, "--out", tmp_path / "whole")
     call(mae, *TINY, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)    # nothing to resume yet
@@ -196,6 +197,7 @@ def test_torchrun_trains_two_ranks_and_one_of_them_prints(tmp_path):
     assert "batch 24 = 2 ranks x 1 accum x 12 images" in out and out.count("step 1 of 20") == 1
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_close_to_float32(tmp_path):
     losses = {}
     for amp in ("off", "bf16", "fp16"):
@@ -220,6 +222,7 @@ def test_a_new_run_never_touches_the_run_in_out(tmp_path, capsys):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_start_at_once_in_one_folder_one_is_refused(tmp_path):
     """config.json is created exclusively: whoever comes second finds it."""
     runs = [launch("mae", *TINY, "--epochs", 2, "--seed", seed, "--out", tmp_path / "out")[0]
@@ -231,6 +234,7 @@ def test_of_two_runs_that_start_at_once_in_one_folder_one_is_refused(tmp_path):
     assert runs[seed].exitcode == 0 and len(log_of(tmp_path / "out")) == 7
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     call(mae, *TINY, "--max-steps", 2, "--out", tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
@@ -318,6 +322,7 @@ def test_fp16_whose_gradients_never_fit_ends_the_run(tmp_path):
         log.write(1, grad_norm=float("inf"))
 
 
+@pytest.mark.slow
 def test_fp16_with_gradients_that_stay_too_large_does_not_end_as_done(tmp_path, capsys, monkeypatch):
     target = mae.MaskedAutoencoder.forward
 
@@ -401,6 +406,7 @@ def test_bad_input_from_the_shell_exits_with_2(tmp_path):
     assert "error: nowhere: [Errno 2]" in out and "Traceback" not in out
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path):
     script = tmp_path / "mae.py"    # a copy with a bug
     text = (ROOT / "mae.py").read_text()

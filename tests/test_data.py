@@ -1,5 +1,6 @@
 """Images and samples: what lies in a folder is trained on; sample v follows from (seed, v) alone."""
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -45,6 +46,12 @@ def test_learning_rate_is_the_published_one_step_by_step():
     agrees(rates, golden["moco_v3"]["moco_v3_adjust_learning_rate"])
     rates = [mae.learning_rate(step, 1000, 100, 2.4e-3, 1e-6) for step in golden["steps"]]
     agrees(rates, [0.0, *golden["mae_lite_warmcos_end_lr_1e-6"][1:]], 1e-6)
+
+
+def test_learning_rate_without_warm_up_begins_at_its_largest():
+    rates = [mae.learning_rate(step, 4, 0, 1.0, 0.2) for step in range(5)]
+    half = 0.4 * math.sqrt(0.5)
+    assert rates == pytest.approx([1, 0.6 + half, 0.6, 0.6 - half, 0.2])
 
 
 # ------------------------------------------------------------ data sets

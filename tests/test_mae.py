@@ -136,6 +136,7 @@ def test_bf16_keeps_the_loss_in_float32():
     agrees(loss, GOLDENS["3_mae"]["norm_pix_loss_True"]["loss"], 0.02)
 
 
+@pytest.mark.slow
 def test_compiled_mae_equals_the_plain_one():
     torch.manual_seed(0)
     encoder = vit.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
@@ -150,19 +151,19 @@ def test_compiled_mae_equals_the_plain_one():
 # ------------------------------------------------------------ runs
 
 def test_mae_runs_from_the_command_line_and_learns(tmp_path):
-    out = run("mae.py", "--out", tmp_path, "--fraction", 0.0625, "--epochs", 40, "--max-steps", 128,
+    out = run("mae.py", "--out", tmp_path, "--fraction", 0.0625, "--epochs", 40, "--max-steps", 64,
               "--batch-size", 16, "--base-lr", 0.012, "--decoder-dim", 48)
     log = log_of(tmp_path)
     assert "batch 16 = 1 ranks x 1 accum x 16 images; lr 0.00075 = 0.012 x 16 / 256" in out
-    assert f"step 128 of 1280: {tmp_path}" in out and "--decoder-dim 48 --decoder-depth 1" in out
+    assert f"step 64 of 1280: {tmp_path}" in out and "--decoder-dim 48 --decoder-depth 1" in out
     assert "training: 512 images of 10 classes from toy" in out
-    assert log[-1]["loss"] < 0.85 < 1 < log[0]["loss"]    # predicting each patch's mean gives 0.98
+    assert log[-1]["loss"] < 0.9 < 1 < log[0]["loss"]    # predicting each patch's mean gives 0.98
     names = ["step", "loss", "epoch", "lr", "grad_norm", "images_per_s", "data_wait"]
     assert list(log[-1]) == names
     for name in ("config.json", "last.pt", "reconstruction.png"):
         assert (tmp_path / name).stat().st_size > 100
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert state["step"] == 128 and state["config"]["decoder_dim"] == 48
+    assert state["step"] == 64 and state["config"]["decoder_dim"] == 48
 
 
 def test_mae_settings_are_the_papers_and_presets_say_what_differs():
