@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 from operator import itemgetter
@@ -28,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist, nn
@@ -49,22 +49,8 @@ import vit
 LayerNorm2d = functools.partial(convnext.LayerNorm2d, eps=1e-6)  # over C of (B, C, H, W)
 
 
-def to_windows(x, size):
-    """`(B, H, W, D) -> (B * windows, size * size, D)`, zeros added at the bottom and right."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
-    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (B, rows, size, columns, size, D)
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def from_windows(windows, size, H, W):
-    """`(B * windows, size * size, D) -> (B, H, W, D)`: the inverse of `to_windows`."""
-    shape = (-1, math.ceil(H / size), math.ceil(W / size))
-    x = windows.unflatten(1, (size, size)).unflatten(0, shape)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
-
-
 class RelativeAttention(vit.Attention):
-    """Attention that also knows how far apart two tokens of a `side x side` map are (MViTv2).
+    """Attention in windows of `side x side` tokens that knows how far apart two are (MViTv2).
 
         scores[i, j] = q_i k_j / sqrt(d) + q_i R_h[row_i - row_j] + q_i R_w[column_i - column_j]
 
@@ -95,26 +81,38 @@ class RelativeAttention(vit.Attention):
         q = F.pad(q, zeros)
         return q * q.shape[-1] ** 0.5, F.pad(k, zeros), v  # attention divides by this root
 
+    def forward(self, x):
+        """`(B, H * H, D) -> (B, H * H, D)`, a map row by row; zeros fill its last windows."""
+        H = math.isqrt(x.shape[1])
+        side = self.side
+        zeros = -H % side
+        x = F.pad(x.unflatten(1, (H, H)), (0, 0, 0, zeros, 0, zeros))
+        x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        windows = x.flatten(3, 4)  # (B, rows, columns, side * side, D)
+        x = super().forward(windows.flatten(0, 2)).view(windows.shape)
+        x = x.unflatten(3, (side, side)).transpose(2, 3)  # (B, rows, side, columns, side, D)
+        return x.flatten(3, 4).flatten(1, 2)[:, :H, :H].flatten(1, 2)
+
 
 class SimplePyramid(nn.Module):
     """A plain ViT's last map at 4, 2, 1, 1/2 and 1/4 times its size (ViTDet, Fig. 2).
 
-    Blocks attend inside windows, except the last of each quarter. The encoder's position is now
-    trained; its class token and norm go unused. No map has a stride below 2 pixels.
+    Blocks attend inside windows, the last of each quarter globally. The position is now trained;
+    the class token and the norm go unused. No map has a stride below 2 pixels.
     """
 
     def __init__(self, encoder, img_size, window=14, channels=256):
         super().__init__()
         self.encoder = encoder
-        self.window = window
         self.out_channels = channels
-        self.global_blocks = [len(encoder.blocks) * k // 4 - 1 for k in (1, 2, 3, 4)]
         encoder.norm = encoder.fc_norm = encoder.head = nn.Identity()
         encoder.cls_token.requires_grad_(False)
         encoder.pos_embed.requires_grad_(True)
         D = encoder.embed_dim
+        depth = len(encoder.blocks)
         for i, block in enumerate(encoder.blocks):
-            side = img_size // encoder.patch_size if i in self.global_blocks else window
+            last = i + 1 in [depth * k // 4 for k in (1, 2, 3, 4)]  # of a quarter
+            side = img_size // encoder.patch_size if last else window
             attention = RelativeAttention(D, block.attn.num_heads, side)
             attention.load_state_dict(block.attn.state_dict(), strict=False)
             block.attn = attention
@@ -131,16 +129,12 @@ class SimplePyramid(nn.Module):
                 nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)))
 
     def encode(self, images):
-        """The last map, `(B, D, H, W)`, H and W in patches."""
-        H, W = [side // self.encoder.patch_size for side in images.shape[-2:]]
+        """The last map, `(B, D, H, H)`, H in patches."""
         x = self.encoder.embed(images)  # (B, L, D)
-        for i, block in enumerate(self.encoder.blocks):
-            size = max(H, W) if i in self.global_blocks else self.window
-            windows = to_windows(block.norm1(x).unflatten(1, (H, W)), size)
-            attended = from_windows(block.attn(windows), size, H, W)
-            x = x + block.stochastic_depth(attended.flatten(1, 2))
-            x = x + block.stochastic_depth(block.mlp(block.norm2(x)))  # per token: no windows
-        return x.transpose(1, 2).unflatten(2, (H, W))
+        for block in self.encoder.blocks:
+            x = block(x)
+        H = math.isqrt(x.shape[1])
+        return x.transpose(1, 2).unflatten(2, (H, H))
 
     def forward(self, images):
         """`(B, 3, S, S)` -> `{level: (B, channels, S / stride, S / stride)}`."""
@@ -162,7 +156,10 @@ def detector(args, num_classes):
     `model(images, targets)` of images `(3, H, W)`, 0 to 255, gives losses; in evaluation
     `model(images)` gives boxes `(n, 4)`, labels, scores `(n,)`, masks `(n, 1, H, W)` of each.
     """
-    align_torchvision()
+    # torchvision's own are half a pixel off; these are detectron2's.
+    poolers.roi_align = functools.partial(roi_align, aligned=True)
+    roi_heads.project_masks_on_boxes = mask_targets
+    transform.paste_masks_in_image = paste_masks
     encoder = vit.ARCHS[args.arch](args.pretrain_size, args.patch_size, num_heads=args.num_heads)
     sizes = HEADS[args.heads]
     C = sizes["channels"]
@@ -200,35 +197,20 @@ def unrounded_anchors(strides):
 
 def keep_boxes_in_float32(model):
     """bf16 rounds 600 pixels to a multiple of 4; anchors take their type from the maps."""
+    def to_float32(module, inputs, output):
+        return output.float()
+
     heads = model.roi_heads
     for part in (*model.backbone.levels, model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
                  *heads.box_predictor.children(), heads.mask_predictor.mask_fcn_logits):
         part.register_forward_hook(to_float32)
 
 
-def to_float32(module, inputs, output):
-    return output.float()
-
-
 def scale_by_the_square(model, S):
     """Maps cover the padded square; torchvision would take the size of the first image."""
-    def replace_sizes(pool, inputs):
-        maps, boxes, _ = inputs
-        return maps, boxes, [(S, S)]
-
-    model.roi_heads.box_roi_pool.register_forward_pre_hook(replace_sizes)
-    model.roi_heads.mask_roi_pool.register_forward_pre_hook(replace_sizes)
-
-
-def align_torchvision():
-    """Replaces functions of torchvision that are half a pixel off by those of detectron2."""
-    poolers.roi_align = aligned_roi_align
-    roi_heads.project_masks_on_boxes = mask_targets
-    transform.paste_masks_in_image = paste_masks
-
-
-def aligned_roi_align(maps, rois, output_size, spatial_scale, sampling_ratio):
-    return roi_align(maps, rois, output_size, spatial_scale, sampling_ratio, aligned=True)
+    maps = {k: torch.zeros(1, 1, S // s, S // s) for k, s in enumerate(model.backbone.strides)}
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        pool(maps, [torch.zeros(0, 4)], [(S, S)])  # it keeps the scales of its first call
 
 
 def mask_targets(masks, boxes, matched, size):
@@ -262,7 +244,7 @@ AREAS = [(0, 1e10), (0, 1024), (1024, 9216), (9216, 1e10)]  # all, small, medium
 
 
 def compare(output, truth):
-    """What AP needs of an image, `{"box" or "mask": {class: lists}}`; detections are best first."""
+    """What AP needs of an image, `{("box" or "mask", class): lists}`, detections best first."""
     order = output["scores"].argsort(descending=True, stable=True)
     output = {name: tensor[order] for name, tensor in output.items()}
     boxes, true_boxes = output["boxes"].double(), truth["boxes"].double()
@@ -272,22 +254,22 @@ def compare(output, truth):
     sizes = {  # of the intersections `(n, m)`, the n detections, the m objects
         "box": ((high - low).clamp(min=0).prod(dim=2), box_area(boxes), box_area(true_boxes)),
         "mask": ((masks @ true_masks.T).double(), masks.sum(dim=1), true_masks.sum(dim=1))}
-    record = {"box": {}, "mask": {}}
+    record = {}
     for kind, (shared, area, true_area) in sizes.items():
         union = torch.where(truth["crowd"], area[:, None], area[:, None] + true_area - shared)
         overlaps = shared / union.clamp(min=1e-9)  # of a crowd: the share inside it
         for c in {*output["labels"].tolist(), *truth["labels"].tolist()}:
-            ours = (output["labels"] == c).nonzero()[:100, 0]
+            found = (output["labels"] == c).nonzero()[:100, 0]
             true = (truth["labels"] == c).nonzero()[:, 0]
-            record[kind][c] = {
-                "scores": output["scores"][ours].tolist(), "area": area[ours].tolist(),
-                "overlaps": overlaps[ours][:, true].tolist(),
+            record[kind, c] = {
+                "scores": output["scores"][found].tolist(), "area": area[found].tolist(),
+                "overlaps": overlaps[found][:, true].tolist(),
                 "true_area": truth["area"][true].tolist(), "crowd": truth["crowd"][true].tolist()}
     return record
 
 
 def class_precision(images, low, high, threshold):
-    """AP of one class, of objects of an area from low to high, at one threshold.
+    """AP of one class, of objects of an area from low to high, at one threshold of overlap.
 
     An object is hit once, a crowd many times; neither crowds nor objects of other areas count.
     """
@@ -295,19 +277,17 @@ def class_precision(images, low, high, threshold):
     objects = 0
     for image in images:
         crowd = image["crowd"]
-        ignored = [c or not low <= area <= high for c, area in zip(crowd, image["true_area"])]
-        objects += ignored.count(False)
+        counts = [low <= area <= high and not c for area, c in zip(image["true_area"], crowd)]
+        objects += sum(counts)
         taken = set()
         for score, area, overlaps in zip(image["scores"], image["area"], image["overlaps"]):
-            fits = [j for j, overlap in enumerate(overlaps)
+            fits = [(counts[j], overlap, j) for j, overlap in enumerate(overlaps)
                     if overlap >= threshold and (crowd[j] or j not in taken)]
-            fits = [j for j in fits if not ignored[j]] or fits  # objects that count come first
-            counts = low <= area <= high
+            valid = low <= area <= high
             if fits:
-                best = max(reversed(fits), key=overlaps.__getitem__)  # of equal ones the last
+                valid, _, best = max(fits)  # objects that count first; of equal overlaps the last
                 taken.add(best)
-                counts = not ignored[best]
-            if counts:
+            if valid:
                 scores.append(score)
                 hits.append(len(fits) > 0)
     if objects == 0:
@@ -327,7 +307,7 @@ def average_precision(records, num_classes, kind):
     """
     table = np.empty((num_classes, len(AREAS), len(THRESHOLDS)))
     for c in range(num_classes):
-        images = [record[kind][c + 1] for record in records if c + 1 in record[kind]]
+        images = [record[kind, c + 1] for record in records if (kind, c + 1) in record]
         for a, t in np.ndindex(table.shape[1:]):
             table[c, a, t] = class_precision(images, *AREAS[a], THRESHOLDS[t])
     parts = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5],
@@ -335,8 +315,6 @@ def average_precision(records, num_classes, kind):
     return {name: 100 * float(np.nanmean(part)) for name, part in parts.items()
             if not np.isnan(part).all()}
 
-
-# ------------------------------------------------------------ training
 
 def settings(parser):
     add = parser.add_argument
@@ -418,7 +396,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model = detector(args, len(data.classes))
     encoder = model.backbone.encoder
-    if args.init and not (args.out / "last.pt").exists():
+    if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
     model.to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1 and p is not encoder.pos_embed]
@@ -427,8 +405,6 @@ def train(args):
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
-    if args.compile:
-        model.backbone.compile(dynamic=False)  # shapes in the heads vary
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
@@ -442,7 +418,7 @@ def train(args):
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, collate_fn=collate,
         num_workers=args.workers, pin_memory=torch.cuda.is_available()))
     last_save = time.time()
-    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
         lr = step_decay(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -484,10 +460,9 @@ def evaluate_only(args):
     config = checkpoint.get("config", {})
     if "classes" not in config:
         raise vit.InputError(f"{path}: not a detector of detect.py")
-    for name in ("arch", "img_size", "pretrain_size", "patch_size", "window", "heads", "num_heads"):
-        setattr(args, name, config[name])
+    args.img_size = config["img_size"]  # of synthetic scenes
     data = open_scenes(args, train=False, classes=config["classes"])
-    model = detector(args, len(data.classes))
+    model = detector(argparse.Namespace(**config), len(data.classes))
     model.load_state_dict(checkpoint["model"])
     evaluate(model.to(device), data, device, path.with_name("evaluation.json"))
 
@@ -496,68 +471,54 @@ def evaluate_only(args):
 def evaluate(model, data, device, path):
     """Prints and writes AP, and draws; each image is seen by one rank, in float32."""
     model.eval()
-    records = {}
+    records = []
     shown = []
-    for i in tqdm(range(RANK, len(data), WORLD), disable=None):
+    for i in tqdm(range(RANK, len(data), WORLD), disable=RANK > 0 or None):
         image, truth = data[i]
         output = model([image.to(device).float()])[0]
         output = {name: tensor.cpu() for name, tensor in output.items()}
         output["masks"] = output["masks"][:, 0] >= 0.5
-        records[i] = compare(output, truth)
+        records.append(compare(output, truth))
         if len(shown) < 6:
-            shown.append((image, truth, output))
+            shown.append((image, truth["masks"], output["masks"][output["scores"] >= 0.5]))
+    ranks = [records] * WORLD
     if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, records)
-        for part in parts:
-            records.update(part)
+        dist.all_gather_object(ranks, records)
     if RANK > 0:
         return
-    records = [records[i] for i in range(len(data))]
+    records = [ranks[i % WORLD][i // WORLD] for i in range(len(data))]
     results = {"images": len(data)}
     title = path.stem
-    kinds = ("box", "mask") if data.outlined else ("box",)
-    for kind in kinds:
+    for kind in data.kinds:
         results[kind] = average_precision(records, len(data.classes), kind)
         title += f", {kind} AP {results[kind]['AP']:.1f}"
         print(kind, *[f"{name} {number:.1f}" for name, number in results[kind].items()])
     path.write_text(json.dumps(results, indent=1))
-    draw_detections(path.with_suffix(".png"), shown, data.classes, title)
+    draw_detections(path.with_suffix(".png"), shown, title)
 
 
-def draw_detections(path, shown, classes, title):
-    """Images, true objects, and detections with a score of at least 0.5."""
-    axes = Figure((2.2 * len(shown), 8), layout="tight").subplots(3, len(shown), squeeze=False)
-    for column, (image, truth, output) in zip(axes.T, shown):
-        found = {name: tensor[output["scores"] >= 0.5] for name, tensor in output.items()}
-        for axis, objects in zip(column, ({"labels": []}, truth, found)):
+def draw_detections(path, shown, title):
+    """Images; outlines of the true objects; of detections with a score of at least 0.5."""
+    figure = Figure((2.2 * len(shown), 7), layout="tight")
+    axes = figure.subplots(3, len(shown), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for column, (image, true, predicted) in zip(axes.T, shown):
+        for axis, masks in zip(column, ([], true, predicted)):
             axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-            for k, label in enumerate(objects["labels"][:5]):
-                color = colormaps["tab10"](k)
-                if objects["masks"][k].any():
-                    axis.contour(objects["masks"][k].numpy(), [0.5], colors=[color])
-                axis.text(0, -0.1 - 0.1 * k, classes[label - 1], color=color, fontsize=8,
-                          transform=axis.transAxes)
-    for axis, name in zip(axes[:, 0], ("image", "true", "predicted, score >= 0.5")):
-        axis.set_ylabel(name)
-    axes[0, 0].figure.suptitle(title)
-    axes[0, 0].figure.savefig(path)
+            for k, mask in enumerate(masks):
+                if 0 < mask.float().mean() < 1:  # it has an outline
+                    axis.contour(mask.numpy(), [0.5], colors=f"C{k}")
+    figure.suptitle(f"{title}\nimage, true, predicted (score >= 0.5)")
+    figure.savefig(path)
 
 
 # ------------------------------------------------------------ data: scenes with objects
 
 def open_scenes(args, train, classes=None):
-    """A split: `data[i] -> (uint8 image (3, H, W), truth)`, with `classes`; given: training's.
+    """A split: `data[i] -> (uint8 image (3, H, W), truth)`; its class names, given: training's.
 
     truth: masks `(n, H, W)`, labels `(n,)` from 1, boxes `(n, 4)`, area `(n,)`, crowd `(n,)`.
     """
-    if args.data != "toy":
-        data = Coco(args, train, classes)
-    elif train:
-        data = ToyScenes(args.scenes, args.img_size, seed=0)
-    else:
-        data = ToyScenes(args.val_scenes, args.img_size, seed=1)
+    data = ToyScenes(args, train) if args.data == "toy" else Coco(args, train, classes)
     if classes not in (None, data.classes):
         raise vit.InputError(f"--data {args.data}: {data.classes}, but training had {classes}")
     split = "training" if train else "validation"
@@ -568,12 +529,12 @@ def open_scenes(args, train, classes=None):
 class ToyScenes(Dataset):
     """Images of one to three of vit.py's shapes."""
     classes = ["circle", "cross", "ring", "triangle"]
-    outlined = True
+    kinds = ["box", "mask"]  # of AP
 
-    def __init__(self, number, img_size, seed):
-        self.number = number
-        self.img_size = img_size
-        self.seed = seed
+    def __init__(self, args, train):
+        self.number = args.scenes if train else args.val_scenes
+        self.img_size = args.img_size
+        self.seed = int(not train)
 
     def __len__(self):
         return self.number
@@ -602,8 +563,7 @@ class Coco(Dataset):
     """A split in COCO's format. For training: no crowds, no images without objects."""
 
     def __init__(self, args, train, classes=None):
-        self.classes, images, self.outlined = read_listing(Path(args.data), train, classes)
-        self.smallest = max(1, args.min_scale * args.img_size)
+        self.classes, images, self.kinds = read_listing(Path(args.data), train, classes)
         texts = [json.dumps(image).encode() for image in images]
         self.text = np.frombuffer(b"".join(texts), np.uint8)  # workers share an array
         self.offsets = np.cumsum([0] + [len(text) for text in texts])
@@ -613,43 +573,39 @@ class Coco(Dataset):
 
     def __getitem__(self, i):
         entry = json.loads(self.text[self.offsets[i]:self.offsets[i + 1]].tobytes())
-        image = to_tensor(read_upright(entry["file"], entry["size"]))
+        image = v2.functional.pil_to_tensor(read_upright(entry["file"], entry["size"]))
         H, W = image.shape[1:]
         objects = entry["objects"]
         masks = np.array([object_mask(each["outline"], H, W) for each in objects], np.uint8)
         masks = torch.from_numpy(masks.reshape(-1, H, W))
-        boxes = torch.tensor([each["box"] for each in objects], dtype=torch.float64).view(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]  # they were x, y, width, height
-        area = torch.tensor([each["area"] for each in objects], dtype=torch.float64)
-        least = math.ceil(max(H, W) / self.smallest)  # at any scale a pixel is left of a side
+        numbers = torch.tensor([each["numbers"] for each in objects], dtype=torch.float64)
+        labels, x1, y1, x2, y2, area, crowd = numbers.view(-1, 7).unbind(dim=1)
+        least = max(H, W) // 32 + 1  # a thinner image would be scaled to 0 pixels
         border = (0, max(0, least - W), 0, max(0, least - H))
         return F.pad(image, border), {
-            "masks": F.pad(masks, border), "boxes": boxes,
-            "labels": torch.tensor([each["label"] for each in objects], dtype=torch.int64),
+            "masks": F.pad(masks, border), "boxes": torch.stack([x1, y1, x2, y2], dim=1),
             "area": torch.where(area < 0, masks.sum(dim=(1, 2)), area),
-            "crowd": torch.tensor([each["crowd"] for each in objects], dtype=torch.bool)}
+            "labels": labels.long(), "crowd": crowd.bool()}
 
 
 def read_listing(root, train, classes=None):
-    """Class names, images in order of id, whether all objects have outlines; all is checked.
+    """Class names (given: training's), images in order of id, kinds of AP.
 
-    classes: those of training. Raises InputError that names file and annotation.
+    All is checked; an InputError names file and annotation.
     """
-    folder = root / "train2017" if train else root / "val2017"
-    path = root / "annotations" / f"instances_{folder.name}.json"
-    roboflow = root / "train" if train else root / "valid"
-    if (roboflow / "_annotations.coco.json").exists():
-        folder = roboflow
-        path = folder / "_annotations.coco.json"
+    folder = root / "train" if train else root / "valid"
+    path = folder / "_annotations.coco.json"  # Roboflow's
+    if not path.exists():
+        folder = root / "train2017" if train else root / "val2017"
+        path = root / "annotations" / f"instances_{folder.name}.json"
     place = path
-    every = []
+    images = {}
+    crowds = boxed = points = 0
     try:
         listing = json.loads(path.read_text(encoding="utf-8-sig"))  # also with a byte order mark
-        by_id = itemgetter("id")
-        names = {entry["id"]: entry["name"] for entry in sorted(listing["categories"], key=by_id)}
-        classes = classes or list(dict.fromkeys(names.values()))
-        images = {}
-        for entry in sorted(listing["images"], key=by_id):
+        names = {entry["id"]: entry["name"] for entry in listing["categories"]}
+        classes = classes or list(dict.fromkeys(names[number] for number in sorted(names)))
+        for entry in sorted(listing["images"], key=itemgetter("id")):
             name = entry["file_name"].replace("\\", "/")
             file = folder / name if (folder / name).is_file() else root / name
             if not file.is_file():
@@ -662,73 +618,65 @@ def read_listing(root, train, classes=None):
             name = names.get(category)
             if name not in classes or image not in images:
                 raise ValueError(f"no image {image} or category {category}: {name}, not {classes}")
-            each = read_object(entry, images[image])
-            each["label"] = 1 + classes.index(name)
-            every.append(each)
-            if each["outline"] and not (train and each["crowd"]):
-                images[image]["objects"].append(each)
+            x, y, width, height = box = entry["bbox"]
+            right, bottom = x + width, y + height
+            if not (width >= 0 and height >= 0 and math.isfinite(right + bottom)):
+                raise ValueError(f"bbox {box}")
+            outline = entry.get("segmentation")
+            if outline in (None, [], [[]]):
+                outline = [[x, y, right, y, right, bottom, x, bottom]]
+                boxed += 1
+            outline = check_outline(outline, images[image])
+            points += not outline
+            area = float(entry.get("area", -1))  # below 0: the mask's
+            crowd = entry.get("iscrowd") == 1
+            crowds += crowd
+            if outline and not (train and crowd):
+                numbers = [1 + classes.index(name), x, y, right, bottom, area, crowd]
+                images[image]["objects"].append({"outline": outline, "numbers": numbers})
     except KeyError as error:
         raise vit.InputError(f"{place}: no {error}") from None
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise vit.InputError(f"{place}: {error}") from None
-    crowds = sum(each["crowd"] for each in every)
-    if crowds == len(every):
+    if crowds == len(listing["annotations"]):
         raise vit.InputError(f"{path}: lists no objects, {crowds} crowds")
     chosen = [image for image in images.values() if image["objects"] or not train]
-    boxed = sum(each["boxed"] for each in every)
-    points = sum(not each["outline"] for each in every)
     print(f"{path}: left out {len(images) - len(chosen):,} images without objects, {points:,} "
           f"objects of less than three points; {boxed:,} objects have no outline but their box")
-    return classes, chosen, boxed == 0
+    return classes, chosen, ["box"] if boxed else ["box", "mask"]
 
 
-def read_object(entry, image):
-    """What is used of an annotation. Raises KeyError, TypeError or ValueError."""
-    x, y, width, height = box = entry["bbox"]
-    if not (width >= 0 and height >= 0 and math.isfinite(sum(box))):
-        raise ValueError(f"bbox {box}")
-    outline = entry.get("segmentation")
-    boxed = outline in (None, [], [[]])
-    if boxed:
-        outline = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    if isinstance(outline, dict):
-        if min(image["size"]) < 1:
-            image["size"] = outline["size"]
-        runs = run_lengths(outline["counts"])
-        fits = outline["size"] == image["size"] and sum(runs) == math.prod(image["size"])
-        if not fits or min(runs) < 0:
-            raise ValueError(f"run lengths of {outline['size']} in an image of {image['size']}")
-    else:
-        for polygon in outline:
-            if len(polygon) % 2 or not math.isfinite(sum(polygon)):
-                raise ValueError(f"{polygon} is not a polygon: x, y, x, y, ...")
-        outline = [polygon for polygon in outline if len(polygon) >= 6]  # as detectron2
-    area = float(entry.get("area", -1))  # below 0: the mask's
-    return {"outline": outline, "boxed": boxed, "box": box, "area": area,
-            "crowd": entry.get("iscrowd") == 1}
+def check_outline(outline, image):
+    """Polygons of three points or more, as in detectron2, or run lengths; else ValueError."""
+    if not isinstance(outline, dict):
+        polygons = [np.asarray_chkfinite(each, float).reshape(-1, 2) for each in outline]  # x, y
+        return [points.tolist() for points in polygons if len(points) >= 3]
+    size = outline["size"]
+    runs = run_lengths(outline["counts"])
+    if min(image["size"]) < 1:
+        image["size"] = size
+    if size != image["size"] or sum(runs) != math.prod(size) or min(runs) < 0:
+        raise ValueError(f"run lengths of {size} in an image of {image['size']}")
+    return {"size": size, "counts": runs}
 
 
 def run_lengths(counts):
-    """Lengths of runs of 0, 1, 0, ...; a string has five bits of a number in each character.
+    """Lengths of runs of 0, 1, 0, ... from a list, or a string with five bits a character.
 
-    The lowest come first, 32 says that more follow, the last bit is the sign. From the fourth on,
+    A sixth bit says that more follow, higher ones; the last bit is the sign. From the fourth on,
     numbers are differences from the last but one.
     """
     if isinstance(counts, list):
         return counts
     lengths = []
-    value, shift = 0, 0
-    for character in counts:
-        bits = ord(character) - 48
-        value += (bits & 31) << shift
-        shift += 5
-        if bits < 32:
-            if bits >= 16:
-                value -= 1 << shift
-            if len(lengths) > 2:
-                value += lengths[-2]
-            lengths.append(value)
-            value, shift = 0, 0
+    for characters in re.findall("[P-o]*[0-O]", counts):
+        bits = [ord(character) - 48 for character in characters]
+        value = sum((five & 31) << 5 * k for k, five in enumerate(bits))
+        if bits[-1] & 16:
+            value -= 1 << 5 * len(bits)
+        if len(lengths) > 2:
+            value += lengths[-2]
+        lengths.append(value)
     return lengths
 
 
@@ -749,19 +697,18 @@ def object_mask(outline, height, width):
     the pixels of real masks differ from pycocotools'.
     """
     if isinstance(outline, dict):
-        runs = run_lengths(outline["counts"])
+        runs = outline["counts"]
         bits = np.arange(len(runs), dtype=np.uint8) % 2
         return np.repeat(bits, runs).reshape(width, height).T  # column by column
     mask = np.zeros((height, width), np.uint8)
     for polygon in outline:
         points = np.array(polygon).reshape(-1, 2)  # x, y
-        left, top = np.maximum(points.min(axis=0).astype(int) - 1, 0)
-        right, bottom = np.minimum(np.ceil(points.max(axis=0)).astype(int), [width, height])
-        if left < right and top < bottom:
-            canvas = Image.new("L", (5 * (right - left), 5 * (bottom - top)))
-            corners = 5 * points - 0.5 - [5 * left, 5 * top]
-            ImageDraw.Draw(canvas).polygon(corners.flatten().tolist(), fill=1)
-            mask[top:bottom, left:right] |= np.array(canvas)[2::5, 2::5]
+        left, top = np.clip(points.min(axis=0).astype(int) - 1, 0, [width, height])
+        right, bottom = np.clip(np.ceil(points.max(axis=0)).astype(int), 0, [width, height])
+        canvas = Image.new("L", (5 * (right - left), 5 * (bottom - top)))
+        corners = 5 * points - 0.5 - [5 * left, 5 * top]
+        ImageDraw.Draw(canvas).polygon(corners.flatten().tolist(), fill=1)
+        mask[top:bottom, left:right] |= np.array(canvas)[2::5, 2::5]
     return mask
 
 
@@ -783,7 +730,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-to_tensor = v2.Compose([v2.RGB(), v2.PILToTensor()])  # PIL image -> (3, H, W), uint8
 MAY_CHANGE = ("out", "preset", "data", "root", "download", "workers", "accum", "compile",
               "log_every", "save_minutes", "max_steps", "resume", "init", "teacher")
 
@@ -802,7 +748,6 @@ def parse_detection(argv):
     add("--seed", type=int, default=0, help="of weights, order, crops, anchors")
     add("--accum", type=count, default=1, help="micro-batches in an update")
     add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
-    add("--compile", action="store_true", help="torch.compile the backbone")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between lines of the log")
     add("--save-minutes", type=amount, default=5.0, help="minutes between checkpoints")

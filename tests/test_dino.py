@@ -95,7 +95,7 @@ def test_dino_loss_is_the_published_one_and_no_wrong_reading():
     student.requires_grad_(True)
     loss = dino.dino_loss(student, teacher, center, 0.1, 0.04)
     loss.backward()
-    agrees(loss, float(golden["loss_full"]), 1e-9)
+    agrees(loss, float(golden["loss_full"]))
     agrees(student.grad, golden["grad_student_output"])
     agrees(loss, np.mean(list(golden["pair_losses_teacher_student"].values())))
     for name in ("same_view_pairs", "center_updated_first", "no_center", "student_centered_too"):
@@ -189,9 +189,16 @@ def test_clipping_is_the_published_one_of_each_tensor_alone():
 def test_dino_loss_of_a_constant_teacher_is_the_entropy_of_uniform():
     center = random(1, 1, 32)
     teacher = (center + 3).expand(4, 32)  # the same for all images
-    loss = dino.dino_loss(torch.zeros(10, 32), teacher, center, 0.1, 0.04)
+    loss = dino.dino_loss(torch.zeros(10, 32).double(), teacher, center, 0.1, 0.04)
     assert loss.item() == pytest.approx(math.log(32))  # and no student does better
     assert dino.dino_loss(random(2, 10, 32), teacher, center, 0.1, 0.04) > math.log(32)
+
+
+def test_dino_loss_divides_by_the_temperatures_that_are_given():
+    student, teacher, center = outputs()
+    divided = dino.dino_loss(student / 0.3, (teacher - center) / 0.7, 0 * center, 1.0, 1.0)
+    loss = dino.dino_loss(student, teacher, center, 0.3, 0.7)
+    assert loss.item() == pytest.approx(divided.item())
 
 
 def test_dino_loss_ignores_the_pair_of_a_crop_with_itself():
@@ -225,13 +232,15 @@ def test_monitors_indicate_a_collapse():
     constant = network()
     for block in constant.teacher.blocks:  # class tokens that see nothing of the image
         torch.nn.init.zeros_(block.attn.proj.weight)
+    center = 0.1 * random(24, 1, 32)
     for model in (healthy, constant):
+        model.center.copy_(center)
         loss = model(*crops())
         assert not any(scalar.requires_grad for scalar in model.monitors.values())
         both = model.monitors["entropy"] + model.monitors["kl"]  # Sec. 5.3
         assert both.item() == pytest.approx(loss.item())
     global_crops, _ = crops()
-    targets = healthy.teacher(crop_by_crop(global_crops)) / 0.04  # the center was 0
+    targets = (healthy.teacher(crop_by_crop(global_crops)) - center) / 0.04
     targets = targets.softmax(dim=1)
     entropy = -(targets * targets.log()).sum(dim=1).mean()
     assert healthy.monitors["entropy"].item() == pytest.approx(entropy.item())
