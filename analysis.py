@@ -55,7 +55,7 @@ class CKA:
 
 
 def centered_gram(features):
-    """`(B, ...) -> (B, B)`, float64: of two, `(K * L).sum()` is the unbiased HSIC."""
+    """`(B, ...) -> (B, B)`, float64: `(K * L).sum()` is the unbiased HSIC. InputError for B < 4."""
     B = len(features)
     if B < 4:
         raise vit.InputError(f"unbiased HSIC needs mini-batches of at least 4 images, not {B}")
@@ -74,7 +74,7 @@ def cka_features(model, states):
 
 
 def fourier_log_amplitude(tokens, grid):
-    """Log amplitude of feature maps at frequencies 0, 2 pi / grid, ..., pi, less it at 0 (Fig. 3).
+    """Log amplitude of feature maps at frequencies 0, 2 pi / grid, ..., pi, less that at 0 (Fig. 3).
 
     tokens `(B, L, D)`, no class token -> `(grid // 2 + 1,)`: diagonal of the Fourier transform, log
     modulus, mean over images and channels (Park and Kim, 2022). InputError for an odd grid.
@@ -99,7 +99,7 @@ def attention_distance(scores, grid, patch_size):
 
 
 def attention_entropy(scores):
-    """Mean entropy in nats of a patch's attention, 0 to log L, per head `(h,)` (Eq. 2)."""
+    """Mean entropy in nats, 0 to log L, of patches' attention per head (Eq. 2); scores as above."""
     attention = scores[:, :, 1:, 1:].softmax(dim=-1)
     return torch.special.entr(attention).sum(dim=-1).mean(dim=(0, 2))  # entr(p) = -p log p
 
@@ -114,7 +114,7 @@ def open_models(words, seed):
         if path and label not in models and (num_heads or not heads):
             models[label], report = vit.from_weights(path, num_heads)
             print(f"{label}: {path}, {models[label].blocks[0].attn.num_heads} heads; {report}")
-        elif word == "random" and models:
+        elif word == "random" and models and word not in models:
             first = list(models.values())[0]
             block = first.blocks[0]
             torch.manual_seed(seed)

@@ -126,7 +126,7 @@ def projector(dim, hidden_dim, bottleneck, out_dim):  # without BatchNorm (App. 
         Cosines(bottleneck, out_dim, bias=False))
 
 
-class Cosines(nn.Linear):  # of rows and d directions: weight norm, its norm fixed at 1
+class Cosines(nn.Linear):  # of rows of x and of the weight: all norms are 1 (weight norm)
     def forward(self, x):
         return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
@@ -167,7 +167,7 @@ def settings(parser):
     add("--weight-decay", type=amount, default=0.04, help="at first; not on biases and norms")
     add("--weight-decay-end", type=amount, default=0.4, help="to which a cosine raises it")
     add("--clip-grad", type=amount, default=3.0, help="largest norm of each tensor's gradient")
-    add("--init", help="start from the encoder in this file")
+    add("--init", help="start from the encoder, and the head if it fits")
 
 
 # What differs from the recipe above. A toy image has few colors, by which its crops would find each
@@ -249,7 +249,7 @@ def train(args):
     done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
     if args.compile:  # not the center, where ranks communicate
         for block in [*model.student.blocks, *model.teacher.blocks]:
-            block.compile(dynamic=False)  # all batches have one size
+            block.compile(dynamic=False)  # for global and for local crops
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
@@ -257,7 +257,7 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size  # step s has samples [s B, (s + 1) B)
+    B = args.batch_size  # the first step has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
@@ -548,7 +548,7 @@ def setup(args, crops=1):
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    """Linear warm-up from 0, if any, then half a cosine to `min_lr`, by step."""
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / (steps - warmup)

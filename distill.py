@@ -61,7 +61,7 @@ def random_masking(tokens, mask_ratio, noise=None):
 
 
 def attention_distillation_loss(student, teacher, head_map):
-    """Eq. 3 of scores `(B, h', N, N)`, `(B, h, N, N)` and M, `(h, h')` or a layer with it."""
+    """Eq. 3, float32 or wider: scores `(B, h', N, N)`, `(B, h, N, N)`; M `(h, h')` or its layer."""
     head_map = getattr(head_map, "weight", head_map)
     dtype = torch.promote_types(student.dtype, torch.float32)
     with torch.autocast(student.device.type, enabled=False):
@@ -110,7 +110,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def target(self, images):
-        """The pixels to predict, `(B, L, p*p*3)`, normalized per patch (norm-pix, Sec. 3)."""
+        """Pixels `(B, L, p*p*3)`; norm-pix: `(x - mean) / sqrt(unbiased var + 1e-6)` a patch."""
         target = patchify(images, self.encoder.patch_size)
         if not self.norm_pix_loss:
             return target
@@ -530,7 +530,7 @@ def setup(args, crops=1):
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    """Linear warm-up from 0, if any, then half a cosine to `min_lr`, by step."""
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / (steps - warmup)

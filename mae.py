@@ -108,7 +108,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def target(self, images):
-        """The pixels to predict, `(B, L, p*p*3)`, normalized per patch (norm-pix, Sec. 3)."""
+        """Pixels `(B, L, p*p*3)`; norm-pix: `(x - mean) / sqrt(unbiased var + 1e-6)` a patch."""
         target = patchify(images, self.encoder.patch_size)
         if not self.norm_pix_loss:
             return target
@@ -117,7 +117,7 @@ class MaskedAutoencoder(nn.Module):
         return (target - mean) / (var + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None):
-        """`(B, 3, S, S)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = masked."""
+        """`(B, 3, S, S)` -> loss (no mask: 0), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = masked."""
         tokens = self.encoder.embed(images)  # (B, L, D), with position
         kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)
         latent = self.encoder.norm(self.encoder.encode(kept))  # (B, 1 + n, D)
@@ -485,7 +485,7 @@ def setup(args, crops=1):
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    """Linear warm-up from 0, if any, then half a cosine to `min_lr`, by step."""
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / (steps - warmup)

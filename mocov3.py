@@ -47,6 +47,7 @@ def similarities(q, k):
     """Cosines of this rank's queries and all ranks' keys `(B, ranks * B)`, and labels `(B,)`.
 
     Row i of q and row i of k, `(B, d)`, are of the same image; label i is the column of that key.
+    The product is float32 or wider also with --amp.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = [F.normalize(x.to(dtype), dim=1) for x in (q, k)]
@@ -70,7 +71,7 @@ def contrastive_loss(q, k, temperature):
 
 
 class MoCoV3(nn.Module):
-    """An encoder with projector and predictor, and the moving average of the first two (Sec. 4).
+    """An encoder with projector and predictor, and the moving average of the first two (Sec. 3).
 
     `encoder_fn(global_pool="token")` makes a `vit.VisionTransformer`.
     """
@@ -83,7 +84,7 @@ class MoCoV3(nn.Module):
             for matrix in block.attn.qkv.weight.data.chunk(3):
                 nn.init.xavier_uniform_(matrix)
         nn.init.normal_(self.base_encoder.cls_token, std=1e-6)
-        self.base_encoder.patch_embed.requires_grad_(not stop_grad_conv1)  # Sec. 4.1: steadier
+        self.base_encoder.patch_embed.requires_grad_(not stop_grad_conv1)  # Sec. 4.2: steadier
         width = self.base_encoder.embed_dim
         self.base_encoder.head = nn.Sequential(  # the projector
             nn.Linear(width, mlp_dim, bias=False), BatchNorm(mlp_dim), nn.ReLU(inplace=True),
@@ -103,13 +104,13 @@ class MoCoV3(nn.Module):
     def project(self, encoder, x1, x2):
         """Class tokens `(2B, D)` of both views, projections `(B, d)` of the first, the second."""
         tokens = encoder.pool(encoder.encode(encoder.embed(torch.cat([x1, x2]))))  # at once: faster
-        # BatchNorm must see one view at a time.
+        # The head one view at a time: its BatchNorm must not mix them.
         return tokens, encoder.head(tokens[:len(x1)]), encoder.head(tokens[len(x1):])
 
     def forward(self, x1, x2, m):
         """Views x1, x2 `(B, 3, S, S)`, momentum m -> loss (scalar), the sum of both directions.
 
-        The momentum encoder moves before it makes the keys (Alg. 1). Sets `monitors`, collapse
+        The momentum encoder moves first, as in the authors' code. Sets `monitors`, collapse
         indicators, detached scalars of this rank: `contrastive_accuracy` (how often q1's most
         similar key of all k2 is of its image), `projection_spread` and `token_spread` (`spread` of
         the first view's projections and class tokens).
@@ -135,7 +136,7 @@ def spread(x):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """`nn.SyncBatchNorm`, on any device. Else the network could tell which images share a rank."""
+    """`nn.SyncBatchNorm`, also on CPUs. Means of a rank would tell which images share it."""
 
     def forward(self, x):
         if not dist.is_initialized() or not self.training:
@@ -190,7 +191,7 @@ def settings(parser):
     add("--base-lr", type=amount, default=1.5e-4, help="learning rate per 256 images")
     add("--weight-decay", type=amount, default=0.1, help="on all parameters")
     add("--clip-grad", type=amount, help="largest norm of the gradient")
-    add("--init", help="start from the encoder in this file")
+    add("--init", help="start from the encoder, and the head if it fits")
 
 
 # What differs from the paper's recipe above. A toy image has few colors, by which two views would
@@ -218,7 +219,7 @@ class Samples(Dataset):
         return self.view(image, blur=1, solarize=0), self.view(image, blur=0.1, solarize=0.2)
 
     def view(self, image, blur, solarize):
-        """A random crop with random changes, as in BYOL; two of the probabilities differ."""
+        """A random crop with random changes, as in BYOL; the views differ in blur and solarize."""
         image = self.crop(image) / 255  # float32: jitter is faster than on uint8
         if torch.rand(1) < 0.8:
             image = self.jitter(image)
@@ -267,7 +268,7 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size  # step s has samples [s B, (s + 1) B)
+    B = args.batch_size  # the first step has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
@@ -528,7 +529,7 @@ def setup(args, crops=1):
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    """Linear warm-up from 0, if any, then half a cosine to `min_lr`, by step."""
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / (steps - warmup)

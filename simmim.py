@@ -77,7 +77,7 @@ class SimMIM(nn.Module):
         vit.init_weights(self.decoder)
 
     def forward(self, images, mask_ratio, noise):
-        """`(B, 3, S, S)` -> loss (scalar), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = masked."""
+        """`(B, 3, S, S)` -> loss (no mask: 0), pred `(B, L, p*p*3)`, mask `(B, L)`, 1 = masked."""
         tokens = self.encoder.patch_embed(images).flatten(2).transpose(1, 2)  # (B, L, D)
         mask = random_mask(noise, mask_ratio, self.mask_unit)
         tokens = torch.where(mask[:, :, None] > 0, self.mask_token, tokens)  # position later
@@ -440,7 +440,7 @@ def setup(args, crops=1):
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    """Linear warm-up from 0, if any, then half a cosine to `min_lr`, by step."""
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / (steps - warmup)

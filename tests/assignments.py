@@ -1,117 +1,176 @@
 """Sixteen exercises: bodies of functions are erased, students write them again, tests grade them.
 
     python tests/assignments.py list             # the table of docs/assignments.md
-    python tests/assignments.py start 5 DIR      # a copy of the project without the code of exercise 5
+    python tests/assignments.py start 5 DIR      # a copy of the project without exercise 5's code
     python tests/assignments.py grade 5          # in such a copy: what is wrong, in words
 """
 import ast
 import functools
 import os
-import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-parse = functools.lru_cache(ast.parse)    # the trees are only read
+SOLUTIONS = ("test_assignments.py", "right_versions.txt", "wrong_versions.txt")  # never handed out
+LIMIT = 60  # seconds to grade a hand-in
+parse = functools.lru_cache(ast.parse)  # nobody changes the trees
 
 
 class Exercise(NamedTuple):
-    functions: str    # "script: function ...", erased wherever a script has functions of these names
+    file: str  # which students hand in
+    functions: str  # erased wherever a script has functions of these names
     task: str
-    source: str       # in the literature
-    tests: str        # files in tests/
-    k: str            # pytest's -k: which of their tests grade it
+    source: str  # in the literature
+    graders: str  # what follows `python -m pytest`: files of tests, and which of their tests
     hours: int
-    needs: str        # exercises that come before
+    needs: str = "-"  # exercises that come before
+    also: str = ""  # functions that are erased because they repeat lines of the solution
 
 
 EXERCISES = {
-    1: Exercise("vit: Attention.heads Attention.scores Attention.forward",
-                "multi-head attention; `forward` calls `F.scaled_dot_product_attention`",
-                "Dosovitskiy et al., 2021, Eq. 5-8", "test_vit", "attention or published_vit", 2, "-"),
-    2: Exercise("vit: sincos_position", "the position table in two dimensions",
-                "Vaswani et al., 2017, Sec. 3.5; MAE, App. A", "test_vit", "position_table", 1, "-"),
-    3: Exercise("vit: Block.stochastic_depth", "drop whole branches, image by image",
-                "Huang et al., 2016, Sec. 3", "test_vit", "stochastic_depth or published_vit", 1, "1"),
-    4: Exercise("mae: patchify unpatchify", "images to patches and back",
-                "Dosovitskiy et al., 2021, Sec. 3.1", "test_mae", "patchify or published_mae_gives", 1, "-"),
-    5: Exercise("mae: random_masking", "keep the patches with the smallest noise",
-                "MAE, Sec. 3, Simple implementation", "test_mae", "random_masking", 2, "4"),
-    6: Exercise("mae: MaskedAutoencoder.forward MaskedAutoencoder.decode MaskedAutoencoder.target",
-                "encode the visible, predict the removed, normalized target",
-                "MAE, Sec. 3", "test_mae", "sec3 or norm_pix or published_mae", 3, "4, 5"),
-    7: Exercise("mocov3: similarities contrastive_loss", "InfoNCE with the keys of all ranks",
-                "MoCo-v3, Eq. 1, Alg. 1", "test_mocov3", "eq1_moco", 2, "-"),
-    8: Exercise("mocov3: MoCoV3.forward MoCoV3.update_momentum_encoder",
-                "two encoders and a predictor; `monitors`: `contrastive_accuracy` of q1 among k2, "
-                "`projection_spread` and `token_spread` of the first view",
-                "MoCo-v3, Alg. 1", "test_mocov3", "alg1 or monitors", 2, "7"),
-    9: Exercise("mae: learning_rate",
-                "warm-up and cosine, step by step; `python tests/plumbing.py` copies yours to every script",
-                "Goyal et al., 2017, Sec. 2.2; Loshchilov and Hutter, 2017, Eq. 5",
-                "test_data test_mocov3", "learning_rate or momentum_schedule", 1, "-"),
-    10: Exercise("distill: attention_distillation_loss Teacher.forward", "distill attention scores",
-                 "A Closer Look, Sec. 5, Eq. 3", "test_distill", "eq3", 2, "1, 6"),
-    11: Exercise("finetune: layer_decay_groups", "lower layers learn more slowly",
-                 "BEiT, App.; MAE, App. A.1", "test_finetune", "layer_decay", 1, "9"),
-    12: Exercise("finetune: nearest_neighbors", "weighted k-nearest-neighbor classification",
-                 "Wu et al., 2018, Sec. 3.4", "test_finetune", "nearest_neighbors", 1, "-"),
-    13: Exercise("analysis: centered_gram CKA.update CKA.compute", "unbiased CKA from mini-batches",
-                 "Song et al., 2012; Nguyen et al., 2021; A Closer Look, Fig. 1",
-                 "test_analysis", "fig1_cka", 3, "-"),
-    14: Exercise("analysis: attention_distance attention_entropy fourier_log_amplitude",
-                 "how far and how broadly heads look, how much detail layers keep",
-                 "A Closer Look, Eq. 1, Eq. 2, Fig. 3; Park and Kim, 2022",
-                 "test_analysis", "eq1_distance or eq2 or fig3 or fig5", 3, "1"),
-    15: Exercise("simmim: random_mask SimMIM.forward", "mask squares, encode all patches, predict removed pixels",
-                 "SimMIM, Sec. 3", "test_simmim", "sec3 or published_simmim", 2, "5, 6"),
-    16: Exercise("dino: dino_loss DINO.update_center DINO.forward",
-                 "the loss over pairs of crops, the center of all outputs of the teacher, both at work; `monitors`: "
-                 "`entropy` of the targets, `kl` from target to student, `token_spread` of the teacher",
-                 "DINO, Eq. 1-4, Alg. 1", "test_dino", "dino_loss or dino_center or published_dino_gives or monitors or dino_two_ranks", 2,
-                 "7, 8"),
+    1: Exercise(
+        file="vit.py", functions="Attention.heads Attention.scores Attention.forward",
+        task="multi-head attention", source="ViT, Eq. 5-8",
+        graders='tests/test_vit.py -k "attention or published_vit or float32"', hours=2),
+    2: Exercise(
+        file="vit.py", functions="sincos_position",
+        task="positions in two dimensions", source="Transformer, Sec. 3.5",
+        graders="tests/test_vit.py -k position_table", hours=1),
+    3: Exercise(
+        file="vit.py", functions="Block.stochastic_depth",
+        task="drop whole branches of images", source="Stochastic depth, Sec. 3",
+        graders='tests/test_vit.py -k "stochastic_depth or published_vit"', hours=1, needs="1"),
+    4: Exercise(
+        file="mae.py", functions="patchify unpatchify",
+        task="images to patches and back", source="ViT, Sec. 3.1",
+        graders='tests/test_mae.py -k "patchify or published_mae_gives"', hours=1),
+    5: Exercise(
+        file="mae.py", functions="random_masking",
+        task="keep the patches with the smallest noise", source="MAE, Sec. 3",
+        graders="tests/test_mae.py -k random_masking", hours=2, needs="4"),
+    6: Exercise(
+        file="mae.py", functions="MaskedAutoencoder.forward MaskedAutoencoder.decode "
+        "MaskedAutoencoder.target", also="SimMIM.forward",
+        task="encode the visible, predict the removed", source="MAE, Sec. 3",
+        graders='tests/test_mae.py -k "sec3 or norm_pix or published_mae_gives"',
+        hours=3, needs="4, 5"),
+    7: Exercise(
+        file="mocov3.py", functions="similarities contrastive_loss",
+        task="InfoNCE with the keys of all ranks", source="MoCo-v3, Eq. 1, Alg. 1",
+        graders="tests/test_mocov3.py -k eq1_moco", hours=2),
+    8: Exercise(
+        file="mocov3.py", functions="MoCoV3.forward MoCoV3.update_momentum_encoder",
+        task="two encoders and a predictor", source="MoCo-v3, Alg. 1",
+        graders='tests/test_mocov3.py -k "alg1 or monitors"', hours=2, needs="7"),
+    9: Exercise(
+        file="mae.py", functions="learning_rate",
+        task="warm-up, then a cosine", source="SGDR, Eq. 5",
+        graders="tests/test_data.py -k learning_rate", hours=1),
+    10: Exercise(
+        file="distill.py", functions="attention_distillation_loss Teacher.forward",
+        task="distill attention scores", source="A Closer Look, Eq. 3",
+        graders="tests/test_distill.py -k eq3", hours=2, needs="1, 6"),
+    11: Exercise(
+        file="finetune.py", functions="layer_decay_groups",
+        task="lower layers learn more slowly", source="MAE, App. A.1",
+        graders="tests/test_finetune.py -k layer_decay", hours=1, needs="9"),
+    12: Exercise(
+        file="finetune.py", functions="nearest_neighbors",
+        task="weighted k-nearest-neighbor classifier", source="Wu et al., Sec. 3.4",
+        graders="tests/test_finetune.py -k nearest_neighbors", hours=1),
+    13: Exercise(
+        file="analysis.py", functions="centered_gram CKA.update CKA.compute",
+        task="unbiased CKA from mini-batches", source="Nguyen et al., Sec. 2",
+        graders="tests/test_analysis.py -k fig1_cka", hours=3),
+    14: Exercise(
+        file="analysis.py",
+        functions="attention_distance attention_entropy fourier_log_amplitude",
+        task="where heads look, which detail is kept", source="A Closer Look, Eq. 1-2",
+        graders='tests/test_analysis.py -k "eq1_distance or eq2 or fig3 or fig5_measure"',
+        hours=3, needs="1"),
+    15: Exercise(
+        file="simmim.py", functions="random_mask SimMIM.forward",
+        task="mask squares, predict their pixels", source="SimMIM, Sec. 3",
+        graders='tests/test_simmim.py -k "sec3 or published_simmim"', hours=2, needs="5, 6"),
+    16: Exercise(
+        file="dino.py", functions="dino_loss DINO.update_center DINO.forward",
+        task="compare crops, center the teacher", source="DINO, Eq. 1-4, Alg. 1",
+        graders='tests/test_dino.py -k "dino_loss or dino_center or published_dino_gives '
+        'or monitors or dino_two_ranks"', hours=2, needs="7, 8"),
 }
-HEADER = ("| # | erase | write again | source | `python -m pytest` | hours | needs |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |")
-
-
-def selection(number):
-    """What follows `python -m pytest` to grade an exercise."""
-    files = " ".join(f"tests/{name}.py" for name in EXERCISES[number].tests.split())
-    return f'{files} -k "{EXERCISES[number].k}"'
+HEADER = """\
+| # | file | write again | source | hours | needs |
+| --- | --- | --- | --- | --- | --- |"""
 
 
 def row(number):
     """A line of the table in docs/assignments.md."""
     exercise = EXERCISES[number]
-    script, names = exercise.functions.split(": ")
-    functions = ", ".join(f"`{name}`" for name in names.split())
-    return (f"| {number} | {script}.py: {functions} | {exercise.task} | {exercise.source} "
-            f"| `{selection(number)}` | {exercise.hours} | {exercise.needs} |")
+    return (f"| {number} | {exercise.file} | {exercise.task} | {exercise.source} "
+            f"| {exercise.hours} | {exercise.needs} |")
 
+
+# ------------------------------------------------------------ start
 
 def find(text, name):
     """The syntax tree of `function` or `Class.method` in a script's text, or None."""
-    nodes = parse(text).body
+    tree = parse(text)
     for part in name.split("."):
-        node = next((node for node in nodes if getattr(node, "name", None) == part), None)
-        nodes = getattr(node, "body", [])
-    return node
+        named = [node for node in tree.body
+                 if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == part]
+        if not named:
+            return None
+        tree = named[0]
+    return tree
 
 
 def erase(text, name, message):
     """A script's text without the body of a function; its signature and docstring stay."""
-    node, lines = find(text, name), text.splitlines(keepends=True)
+    node = find(text, name)
     if node is None:
         return text
+    lines = text.splitlines(keepends=True)
     first = node.body[0]
-    start = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
+    start = first.lineno - 1
+    if ast.get_docstring(node):
+        start = first.end_lineno
     indent = " " * first.col_offset
-    return "".join([*lines[:start], f'{indent}raise NotImplementedError("{message}")\n', *lines[node.end_lineno:]])
+    lines[start:node.end_lineno] = [f'{indent}raise NotImplementedError("{message}")\n']
+    return "".join(lines)
+
+
+def start(number, folder):
+    """Copies scripts, tests and documents to a folder and erases an exercise's functions there."""
+    folder = Path(folder).resolve()
+    if folder == ROOT or ROOT in folder.parents:
+        refuse(f"{folder} lies in the project itself")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        refuse(f"{folder} is not an empty folder")
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."]
+    for part in ("tests", "docs"):
+        files += [path for path in (ROOT / part).iterdir() if path.is_file()]
+    for path in files:
+        if path.name not in SOLUTIONS:
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    exercise = EXERCISES[number]
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for name in [*exercise.functions.split(), *exercise.also.split()]:
+            text = erase(text, name, f"exercise {number}: {exercise.task}")
+        path.write_text(text, encoding="utf-8")
+    functions = exercise.functions.replace(" ", ", ")
+    print(f"exercise {number}: {exercise.task} ({exercise.source})")
+    print(f"write in {folder / exercise.file}: {functions}")
+    print(f"then: cd {folder} && python tests/assignments.py grade {number}")
 
 
 def refuse(reason):
@@ -119,54 +178,65 @@ def refuse(reason):
     sys.exit(2)
 
 
-def start(number, folder):
-    """Copies the scripts, tests and documents to a folder and erases the bodies of an exercise there."""
-    folder = Path(folder).resolve()
-    if folder == ROOT or ROOT in folder.parents:
-        refuse(f"{folder} lies in the project itself")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        refuse(f"{folder} is not an empty folder")
-    files = [path for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."]
-    for part in ("tests", "docs", "assets"):
-        files += [path for path in (ROOT / part).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    for path in files:
-        if path.name != "test_assignments.py":    # has pieces of the solutions
-            copy = folder / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-    exercise = EXERCISES[number]
-    for path in folder.glob("*.py"):
-        text = original = path.read_text(encoding="utf-8")
-        for name in exercise.functions.split()[1:]:
-            text = erase(text, name, f"exercise {number}: {exercise.task}")
-        if text != original:
-            path.write_text(text, encoding="utf-8")
-            print(f"erased in {path.name}")
-    print(f"exercise {number} is in {folder}: {exercise.task}\nsource: {exercise.source}\n"
-          f"cd {folder} && python tests/assignments.py grade {number}")
-
+# ------------------------------------------------------------ grade
 
 def grade(number):
     """Runs the tests of an exercise, says what failed, returns the exit code."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", *shlex.split(selection(number))]
-    process = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True)
-    summary = r"^(?:FAILED|ERROR) ([^\s:]+)(?:::(\w+))?(?:\[.*?\])?(?: - (.*))?$"    # file, test, reason
-    said = set()
-    for file, test, reason in re.findall(summary, process.stdout, re.MULTILINE):
-        sentence = test.removeprefix("test_").replace("_", " ") or f"{file} cannot be imported"
-        if sentence not in said:    # once, whatever the parameters
-            print(f"failed: {sentence}\n        {reason}")
-        said.add(sentence)
-    last = process.stdout.rstrip().rpartition("\n")[2]
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", last)}
-    if process.returncode == 0:
-        print(f"exercise {number}: all {counts['passed']} tests passed")
-    elif said:
-        print(f"exercise {number}: {counts.get('passed', 0)} of {sum(counts.values())} tests passed; "
-              f"in full: python -m pytest {selection(number)}")
-    else:
-        print(process.stdout + process.stderr)    # pytest itself failed
-    return 1 if process.returncode else 0
+    graders = EXERCISES[number].graders
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "--all", f"--junitxml={report}"]
+        with open(Path(folder) / "output.txt", "w+") as output:
+            process = subprocess.Popen(
+                command + shlex.split(graders), cwd=ROOT, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            try:
+                process.wait(LIMIT)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # and the ranks that a test started
+                process.wait()
+                print(f"failed: stopped after {LIMIT} seconds. Is there a loop that never ends?")
+                return 1
+            output.seek(0)
+            said = output.read()
+        if not report.exists():
+            print(f"failed: Python stopped before the tests ended\n{said.strip()[-1000:]}")
+            return 1
+        results = read_report(report)
+    failed = {test: reason for test, reason in results.items() if reason}
+    for test, reason in failed.items():
+        print(f"failed: {test}\n        {reason}")
+    if failed or not results:
+        print(f"exercise {number}: {len(results) - len(failed)} of {len(results)} tests passed; "
+              f"in full: python -m pytest --all {graders}")
+        return 1
+    print(f"exercise {number}: all {len(results)} tests passed")
+    return 0
+
+
+def read_report(path):
+    """`{what a test says: why it failed, or ""}`; once, whatever its parameters."""
+    results = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = case.get("name").partition("[")[0]
+        test = "the tests cannot begin"  # a file with an error
+        if name.startswith("test_"):
+            test = name.removeprefix("test_").replace("_", " ")
+        results.setdefault(test, "")
+        for trouble in case:  # a failure, an error, or a test that was skipped
+            results[test] = results[test] or why(trouble)
+    return results
+
+
+def why(trouble):
+    """What happened, in one line that is never empty."""
+    if trouble.tag != "error":
+        return trouble.get("message").partition("\n")[0] or trouble.tag
+    lines = trouble.text.strip().splitlines()
+    marked = [line[1:].strip() for line in lines if line.startswith("E ")]
+    if len(marked) > 1:
+        return f"{marked[0]}: {marked[-1]}"  # the place, the error
+    return (marked or lines)[-1]
 
 
 def main(argv):
