@@ -8,7 +8,7 @@ Recipes: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 
     python finetune.py --mode linear --init runs/mae/last.pt  # or --mode knn
     python finetune.py --data DIR --init mae.pth --compile    # DIR/train/CLASS/*.jpg, DIR/val/...
     torchrun --nproc_per_node=8 finetune.py --data DIR --init mae.pth
-    python finetune.py --recipe transfer --data pets --download --init mae.pth --epochs 100
+    python finetune.py --recipe transfer --data cifar100 --download --init mae.pth
     python finetune.py --eval-only --init runs/finetune/best.pt
 
 Results in --out: config.json, log.jsonl, last.pt, best.pt. --resume continues it.
@@ -28,7 +28,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import distributed as dist, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -63,7 +63,7 @@ def nearest_neighbors(gallery, labels, queries, num_classes, k=20, temperature=0
     """The five classes with most votes of k neighbors, best first, `(n, min(5, C))`.
 
     A neighbor at cosine similarity s has exp(s / temperature) votes (Wu et al., 2018). gallery
-    `(m, D)`, queries `(n, D)`.
+    `(m, D)`, queries `(n, D)`. If m < k, all vote.
     """
     gallery = nn.functional.normalize(gallery, dim=1)
     ranking = []
@@ -75,25 +75,13 @@ def nearest_neighbors(gallery, labels, queries, num_classes, k=20, temperature=0
     return torch.cat(ranking)
 
 
-class FeatureNorm(nn.BatchNorm1d):
-    """BatchNorm of frozen features `(B, D)`; the batch in training is that of all ranks."""
-
-    def forward(self, x):
-        x = x.to(self.running_mean.dtype)  # float32, also with --amp
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        return super().forward(torch.cat(parts)).chunk(len(parts))[dist.get_rank()]
-
-
 def new_head(dim, num_classes, probe):
     """A classifier of features `(B, D)`; a linear probe's normalizes them (MAE, Appendix A.1)."""
     linear = nn.Linear(dim, num_classes)
     nn.init.zeros_(linear.bias)
     if probe:
         nn.init.normal_(linear.weight, std=0.01)
-        return nn.Sequential(FeatureNorm(dim, eps=1e-6, affine=False), linear)
+        return nn.Sequential(nn.BatchNorm1d(dim, eps=1e-6, affine=False), linear)
     nn.init.trunc_normal_(linear.weight, std=0.02)
     return linear
 
@@ -110,24 +98,20 @@ def mix(images, labels, mixup, cutmix, num_classes):
     return [torch.cat(parts) for parts in zip(*mixed)]
 
 
-# ------------------------------------------------------------ training
-
 def settings(parser):
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--recipe", default="improved", choices=RECIPES, help="what to do, and how")
-    either("--mode", dest="recipe", choices=("linear", "knn"), help="the same as --recipe")
-    either("--eval-only", dest="recipe", action="store_const", const="eval", help="test --init")
     add = parser.add_argument
+    add("--recipe", "--mode", default="improved", choices=RECIPES, help="what to do, and how")
+    add("--eval-only", dest="recipe", action="store_const", const="eval", help="test --init")
     add("--init", help="start from the weights in this file")
     add("--keep-blocks", type=int, choices=range(25), metavar="N", help="keep the N lower (Fig. 2)")
-    add("--arch", choices=vit.ARCHS, help="network of vit.py, else that of --init or --preset")
-    add("--img-size", type=count, help="image side in pixels, else that of --init or --preset")
-    add("--patch-size", type=count, help="patch side in pixels, else that of --init or --preset")
-    add("--num-heads", type=count, help="else those of --init, or 12 (DeiT-Tiny has 3)")
+    add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py, from scratch")
+    add("--img-size", type=count, help="image side in pixels, else by --init or --preset")
+    add("--patch-size", type=count, default=16, help="patch side in pixels, from scratch")
+    add("--num-heads", type=count, help="else by --init, or 12 (DeiT-Tiny has 3)")
     add("--global-pool", default="avg", help="avg: mean of the patches; token: class token")
     add("--drop-path", type=share, default=0.0, help="stochastic depth, last block")
     add("--min-crop", type=share, default=0.08, help="smallest crop, share of the area")
-    add("--randaug", type=int, default=10, choices=range(11), metavar="M", help="0: off")
+    add("--randaug", type=int, default=10, choices=range(11), metavar="M", help="strength, 0: off")
     add("--mixup", type=amount, default=0.2, help="alpha, 0: off")
     add("--cutmix", type=amount, default=0.0, help="alpha, 0: off")
     add("--erasing", type=share, default=0.0, help="probability of random erasing")
@@ -142,37 +126,31 @@ def settings(parser):
     add("--layer-decay", type=share, default=0.85, help="learning rate relative to the next layer")
     add("--clip-grad", type=amount, help="largest norm of the gradient")
     add("--eval-every", type=count, default=1, help="epochs between evaluations")
-    add("--real-labels", help="ImageNet-ReaL's real.json, for --eval-only")
 
 
 PRESETS = {  # what differs from the paper's recipe above
     "photos": {},
-    "small": dict(min_crop=0.2, epochs=100, batch_size=512, eval_every=5),
-    "toy": dict(fraction=0.04, min_crop=0.5, randaug=0, mixup=0.0, epochs=20, warmup_epochs=2,
-                batch_size=64, base_lr=8e-3, layer_decay=0.75, eval_every=10)}
+    "small": dict(patch_size=4, min_crop=0.2, epochs=100, batch_size=512, eval_every=5),
+    "toy": dict(arch="toy", patch_size=4, fraction=0.04, min_crop=0.5, randaug=0, mixup=0.0,
+                epochs=20, warmup_epochs=2, batch_size=64, base_lr=8e-3, layer_decay=0.75,
+                eval_every=10)}
 RECIPES = {  # what differs from both, whatever the preset
     "improved": {},
     "original": dict(drop_path=0.1, randaug=9, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1),
     "transfer": dict(
-        preset="photos", min_crop=0.08, randaug=0, mixup=0.0, epochs=50, warmup_epochs=10,
-        batch_size=512, optimizer="nesterov", base_lr=0.05, weight_decay=0.0, layer_decay=0.75,
-        clip_grad=1.0, eval_every=1),
+        preset="photos", patch_size=16, min_crop=0.08, randaug=0, mixup=0.0, epochs=50,
+        warmup_epochs=10, batch_size=512, optimizer="nesterov", base_lr=0.05, weight_decay=0.0,
+        layer_decay=0.75, clip_grad=1.0, eval_every=1),
     "linear": dict(
         out=Path("runs/linear"), global_pool=None, randaug=0, mixup=0.0, epochs=90,
         warmup_epochs=10, optimizer="sgd", base_lr=0.75, min_lr=0.0, weight_decay=0.0),
-    "knn": dict(out=None, global_pool=None, fraction=1.0),  # None: as in, and beside, --init
-    "eval": dict(out=None, global_pool=None)}
-SIZES = {  # of a network from scratch, by --preset
-    "photos": dict(arch="tiny", img_size=224, patch_size=16),
-    "small": dict(arch="tiny", img_size=32, patch_size=4),
-    "toy": dict(arch="toy", img_size=32, patch_size=4)}
+    "knn": dict(global_pool=None, fraction=1.0),  # None: as in --init
+    "eval": dict(global_pool=None)}
+IMG_SIZES = {"photos": 224, "small": 32, "toy": 32}  # from scratch, by --preset
 
 
 class Samples(Dataset):
-    """Sample v: a random crop `(3, S, S)` and its label; what is random follows from (seed, v).
-
-    Pixels are uint8, with --erasing normalized. For evaluation: the center crop of image v.
-    """
+    """Sample v: a random crop `(3, S, S)`, uint8, and its label; for evaluation a center crop."""
 
     def __init__(self, data, args, evaluation=False):
         self.data = data
@@ -185,7 +163,7 @@ class Samples(Dataset):
                 num_ops=1, magnitude=3 * args.randaug, fill=[124, 116, 104],  # the mean color
                 interpolation=v2.InterpolationMode.BILINEAR)
             steps += 2 * [v2.RandomApply([operation], p=0.5)]
-        if args.erasing:  # noise instead of pixels, both with mean 0 and variance 1
+        if args.erasing:  # in place of normalized pixels, noise of mean 0 and variance 1
             normalize = v2.Normalize(vit.MEAN.flatten().tolist(), vit.STD.flatten().tolist())
             erase = v2.RandomErasing(args.erasing, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random")
             steps += [v2.ToDtype(torch.float32), normalize, erase]
@@ -202,20 +180,16 @@ class Samples(Dataset):
 def build(args, checkpoint):
     """The network of a checkpoint (with its head only for evaluation) or one from scratch."""
     torch.manual_seed(args.seed)
-    if not checkpoint:
-        for name, size in SIZES[args.preset].items():
-            setattr(args, name, getattr(args, name) or size)
-    names = ("img_size", "patch_size", "num_heads", "global_pool", "drop_path")
-    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.arch:
-        sizes.update(vit.ARCHS[args.arch].keywords)  # width and depth
+    names = ("img_size", "num_heads", "global_pool", "drop_path")
+    sizes = {name: vars(args)[name] for name in names if vars(args)[name]}  # if typed
     if args.recipe != "eval":
         sizes["num_classes"] = 0
     if checkpoint:
         model, report = vit.from_weights(checkpoint, in_chans=3, **sizes)
-        print(f"{args.init}: {report}")
+        print(f"{checkpoint['path']}: {report}")
     else:
-        model = vit.VisionTransformer(**sizes)
+        sizes.setdefault("img_size", IMG_SIZES[args.preset])
+        model = vit.ARCHS[args.arch](patch_size=args.patch_size, **sizes)
         vit.init_weights(model, "truncated")
     if args.keep_blocks is not None:
         upper = model.blocks[args.keep_blocks:]
@@ -227,8 +201,8 @@ def build(args, checkpoint):
     args.img_size = model.grid * model.patch_size  # the data and config.json need the sizes
     args.patch_size = model.patch_size
     args.num_heads = model.blocks[0].attn.num_heads
-    feature = {"avg": "mean of the patches", "token": "class token"}[model.global_pool]
-    print(f"{args.img_size} px, {args.num_heads} heads; feature: {feature}, normalized")
+    args.global_pool = model.global_pool
+    print(f"{args.img_size} px, {args.num_heads} heads; feature: --global-pool {args.global_pool}")
     return model
 
 
@@ -240,6 +214,8 @@ def train(args, model):
     mean, std = vit.MEAN.to(device), vit.STD.to(device)
     model.requires_grad_(not probe)  # the position, too
     model.head = new_head(model.embed_dim, len(data.classes), probe).to(device)
+    if WORLD > 1 and device.type == "cuda":  # on CPUs each rank has a BatchNorm of its own
+        nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
     print(f"head: {model.head}")
     peak_lr = args.base_lr * args.batch_size / 256
     groups = layer_decay_groups(model, peak_lr, args.weight_decay, args.layer_decay)
@@ -261,15 +237,13 @@ def train(args, model):
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     epochs = [*range(args.eval_every, args.epochs, args.eval_every), args.epochs]
     steps_to_evaluate = {max(1, round(epoch * len(data) / B)) for epoch in epochs}
-    if done in steps_to_evaluate:  # it may have ended between checkpoint and evaluation
-        validate(args, model, validation, done)
     log = Log(args, scaler)
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, num_workers=args.workers,
         pin_memory=torch.cuda.is_available()))
     last_save = time.time()
-    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=None):
+    for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
         lr = learning_rate(step - 1, steps, warmup, peak_lr, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -284,7 +258,7 @@ def train(args, model):
             if args.mixup or args.cutmix:
                 images, targets = mix(
                     images, targets, args.mixup, args.cutmix, num_classes=len(data.classes))
-            # Gradients are synchronized between ranks on the last micro-batch.
+            # Ranks synchronize gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 logits = network(images).float()  # (B, C)
@@ -297,16 +271,15 @@ def train(args, model):
         scaler.update()
         optimizer.zero_grad()
         # Up to here nothing waited for the device. Reading the losses does.
-        due = step == end or step in steps_to_evaluate
-        if due or step % args.log_every == 0:
+        if step % args.log_every == 0 or step in steps_to_evaluate or step == end:
             epoch = step * B / len(data)
             log.write(step, epoch=epoch, lr=lr, grad_norm=grad_norm.item())
-            if RANK == 0 and (due or time.time() - last_save > 60 * args.save_minutes):
+            if step in steps_to_evaluate:
+                validate(args, model, validation, step)
+            if RANK == 0 and (step == end or time.time() - last_save > 60 * args.save_minutes):
                 save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
                 last_save = time.time()
-        if step in steps_to_evaluate:
-            validate(args, model, validation, step)
-            log.clear()
+            log.clear()  # images_per_s is of training alone
     print(f"step {end} of {steps}: {args.out}")
 
 
@@ -316,20 +289,17 @@ def predict(args, model, data):
     device = model.pos_embed.device
     mean, std = vit.MEAN.to(device), vit.STD.to(device)
     mine = Subset(Samples(data, args, evaluation=True), range(RANK, len(data), WORLD))
-    outputs, labels = [], []
+    parts = []
     model.eval()
-    for images, targets in DataLoader(mine, 128, num_workers=args.workers):
-        outputs.append(model.forward((images.to(device) - mean) / std))  # not compiled
-        labels.append(targets.to(device))
+    for images, _ in DataLoader(mine, 128, num_workers=args.workers):
+        parts.append(model.forward((images.to(device) - mean) / std))  # not compiled
     model.train()
-    gathered = []
-    for rows in (torch.cat(outputs), torch.cat(labels)):
-        everything = rows.new_zeros(len(data), *rows.shape[1:])
-        everything[RANK::WORLD] = rows
-        if WORLD > 1:
-            dist.all_reduce(everything)
-        gathered.append(everything)
-    return gathered
+    own = torch.cat(parts)
+    outputs = own.new_zeros(len(data), own.shape[1])
+    outputs[RANK::WORLD] = own
+    if WORLD > 1:
+        dist.all_reduce(outputs)
+    return outputs, torch.as_tensor(data.targets, device=device)
 
 
 def accuracy(ranking, labels):
@@ -363,65 +333,33 @@ def knn(args, model):
 
 def evaluate(args, model, checkpoint):
     """Accuracy of the classifier in --init; only outputs for the classes of --data count."""
-    weight = vit.find_tensors(checkpoint).get("head.1.weight")
-    if weight is not None:
-        head = new_head(model.embed_dim, len(weight), probe=True)
-        model.head = head.to(model.pos_embed.device)
-        vit.load_weights(model, checkpoint)
-    validation = open_split(args, train=False)
-    numbers = find_outputs(args, model, checkpoint, validation.classes)
-    if args.real_labels:
-        real = read_real_labels(args, validation)
-    outputs, labels = predict(args, model, validation)
-    ranking = outputs[:, numbers].topk(min(5, len(numbers))).indices
-    result = accuracy(ranking, labels)
-    if args.real_labels:
-        predicted = [numbers[label] for label in ranking[:, 0].tolist()]
-        hits = [number in accepted for number, accepted in zip(predicted, real) if accepted]
-        result["real"] = 100 * sum(hits) / len(hits)
-    return result
-
-
-def find_outputs(args, model, checkpoint, classes):
-    """The output for each class of --data: by name, by number (ImageNet-V2), or in order."""
     if isinstance(model.head, nn.Identity):
         raise vit.InputError(f"--init {args.init}: no head, nothing to evaluate")
-    outputs = range(len(list(model.head.parameters())[-1]))  # one for each bias
+    validation = open_data(args, train=False)
+    classes = validation.classes
+    count = len(model.head.bias)
     names = checkpoint.get("config", {}).get("classes", [])  # published files have none
-    other = [name for name in classes if name not in names]
-    if not other:  # all of the names, or a part (ImageNet-A, -R)
-        return [names.index(name) for name in classes]
-    if all(name.isdecimal() and int(name) in outputs for name in classes):
-        return [int(name) for name in classes]
-    if names or len(classes) != len(outputs):
-        raise vit.InputError(f"--data: not among {len(outputs)} classes of --init: {other[:5]}")
-    return list(outputs)
-
-
-def read_real_labels(args, data):
-    """The classes that each image may have; the file is in the order of the images' names."""
-    try:
-        real = json.loads(Path(args.real_labels).read_text())
-    except (OSError, ValueError) as error:
-        raise vit.InputError(f"--real-labels {args.real_labels}: {error}") from None
-    order = np.argsort([os.path.basename(path) for path in data.paths])
-    if len(real) != len(order):
-        raise vit.InputError(f"--real-labels: {len(real)} images, --data has {len(order)} files")
-    return [real[place] for place in np.argsort(order)]
+    numbers = list(range(count))  # a published file: the folders in order
+    if set(classes) <= set(names):  # all, or a part (ImageNet-A, -R)
+        numbers = [names.index(name) for name in classes]
+    elif set(classes) <= set(map(str, numbers)):  # ImageNet-V2
+        numbers = [int(name) for name in classes]
+    elif names or len(classes) != count:
+        other = [name for name in classes if name not in names]
+        raise vit.InputError(f"--data: not among {count} classes of --init: {other[:5]}")
+    outputs, labels = predict(args, model, validation)
+    return accuracy(outputs[:, numbers].topk(min(5, len(numbers))).indices, labels)
 
 
 def main(argv=None):
     args = parse(argv, settings, PRESETS, out="runs/finetune", recipes=RECIPES)
-    if args.recipe == "eval" and not args.init:
-        raise vit.InputError("--eval-only needs --init CHECKPOINT")
     if args.recipe == "linear" and args.accum > 1:
         raise vit.InputError("--accum: the probe's BatchNorm sees the whole batch")
-    if args.real_labels and args.recipe != "eval":
-        raise vit.InputError("--real-labels needs --eval-only")
-    if args.out is None:  # beside the checkpoint
-        args.out = Path(args.init or "runs/knn").parent
     device = setup(args)
-    checkpoint = vit.open_checkpoint(args.init or {})
+    source = args.init or {}
+    if args.resume and (args.out / "last.pt").exists():
+        source = args.out / "last.pt"
+    checkpoint = vit.open_checkpoint(source)
     model = build(args, checkpoint).to(device)
     if args.recipe == "eval":
         result = evaluate(args, model, checkpoint)
@@ -587,44 +525,16 @@ def open_data(args, train):
     return data
 
 
-TRANSFER = {"flowers102": "Flowers102", "pets": "OxfordIIITPet", "aircraft": "FGVCAircraft"}
-
-
-def open_split(args, train):
-    """`open_data`, or a transfer set."""
-    if args.data not in TRANSFER:
-        return open_data(args, train)
-    splits = ["test"]
-    if train:
-        splits = {"flowers102": ["train", "val"]}.get(args.data, ["trainval"])
-    dataset = getattr(torchvision.datasets, TRANSFER[args.data])
-    fetch = args.download and WORLD == 1
-    try:
-        parts = [dataset(args.root, split, transform=to_tensor, download=fetch) for split in splits]
-    except (ImportError, OSError, RuntimeError) as error:
-        hint = "--download, in one process; pip install scipy"
-        raise vit.InputError(f"--data {args.data}: {error} ({hint})") from None
-    data = ConcatDataset(parts)
-    if train and (args.fraction < 1 or args.long_tail):  # reads all images
-        data = Subset(data, subset(np.array([label for _, label in data]), args))
-    data.classes = [str(label) for label in range(102)]  # flowers102 of older torchvision
-    if hasattr(parts[0], "classes"):
-        data.classes = parts[0].classes
-    print(f"{splits}: {len(data):,} images of {len(data.classes)} classes")
-    return data
-
-
 def open_splits(args):
     """Training and validation images of the same classes, or InputError."""
-    data = open_split(args, train=True)
-    validation = open_split(args, train=False)
+    data = open_data(args, train=True)
+    validation = open_data(args, train=False)
     if isinstance(validation, Folder) and validation.root.name not in ("val", "valid", "test"):
         raise vit.InputError(f"--data {args.data}: no val/ beside train/")
-    if "" in data.classes:
-        raise vit.InputError(f"--data {args.data}: images need a folder for each class")
     other = sorted(set(data.classes) ^ set(validation.classes))
-    if other:
-        raise vit.InputError(f"--data {args.data}: classes of one split only: {other[:5]}")
+    if other or "" in data.classes:
+        raise vit.InputError(f"--data {args.data}: needs a folder for each class, in train/ and "
+                             f"val/; in one of them only: {other[:5]}")
     return data, validation
 
 
@@ -689,7 +599,7 @@ def setup(args, crops=1):
 
 
 def learning_rate(step, steps, warmup, lr, min_lr=0.0):
-    """Linear warm-up from 0, then half a cosine down to `min_lr`, per step."""
+    """Linear warm-up from 0, if any, then half a cosine to `min_lr`, by step."""
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / (steps - warmup)

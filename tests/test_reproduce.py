@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, call
 from PIL import Image
 from test_study import commands_of, parsed
@@ -17,7 +18,7 @@ import vit
 PAGE = (ROOT / "docs" / "reproduce.md").read_text()
 SECTIONS = re.findall(r"^## .*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL))
-DOWNLOADED = ("flowers102", "pets", "aircraft", "cifar100")
+DOWNLOADED = ("cifar100",)
 with tempfile.TemporaryDirectory() as folder:
     COMMANDS = commands_of(SHELL, Path(folder))  # loops are unrolled
 KINDS = {}  # one command of each script and set of options
@@ -88,13 +89,12 @@ def test_page_is_not_wider_than_100_columns(name):
 def workplace(tmp_path_factory, image_folder):
     """A folder with the page's data, small, and a checkpoint wherever a command wants one."""
     here = tmp_path_factory.mktemp("reproduce")
-    for name in ("IN1K", "IN21K", "Cars", "iNat18"):
+    for name in ("IN1K", "IN21K", "Flowers", "Pets", "Aircraft", "Cars", "iNat18"):
         (here / name).symlink_to(image_folder)
     (here / "V2").mkdir()
     for number, name in enumerate(("bird", "boat", "bus")):
         (here / "V2" / str(number)).symlink_to(image_folder / "val" / name)
     write_coco(here / "COCO")
-    (here / "real.json").write_text(json.dumps([[0]] * 18))
     torch.manual_seed(0)
     network = vit.vit_tiny(img_size=32, patch_size=4, num_classes=3)
     checkpoint = {"model": network.state_dict(), "config": {"classes": ["bird", "boat", "bus"]}}
@@ -151,11 +151,36 @@ def test_reproduce_command_runs(kind, workplace, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir())
 
 
-# ------------------------------------------------------------ its data
+# ------------------------------------------------------------ its Python
 
-def python_block(name):
+def python_block(words):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    return next(block for block in blocks if f"{name}/" in block)
+    return next(block for block in blocks if words in block)
+
+
+def test_reproduce_real_counts_all_labels_of_an_image(workplace, tmp_path, monkeypatch, capsys):
+    """Of 8 images the first has another class, two have none, five may have any."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(workplace / "runs")
+    for i in range(8):
+        path = Path("IN1K", "val", f"class{i % 3}", f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(path)
+    Path("real.json").write_text(json.dumps([[7], [], []] + [[0, 1, 2]] * 5))
+    exec(python_block("real.json"), {})
+    assert "ReaL: 83.33" in capsys.readouterr().out
+
+
+def test_reproduce_flowers_pets_aircraft_become_folders(tmp_path, monkeypatch):
+    def dataset(root, split, download):
+        return [(Image.new("RGB", (9, 7)), label) for label in (0, 36)]
+    for name in ("FGVCAircraft", "Flowers102", "OxfordIIITPet"):
+        monkeypatch.setattr(torchvision.datasets, name, dataset)
+    monkeypatch.chdir(tmp_path)
+    exec(python_block("Flowers102"), {})
+    for name, images in (("Flowers", 2), ("Pets", 1), ("Aircraft", 1)):
+        assert len(list(Path(name, "train", "036").iterdir())) == images
+        assert len(list(Path(name, "test", "000").iterdir())) == 1
 
 
 def test_reproduce_inat_becomes_folders(tmp_path, monkeypatch):
@@ -167,7 +192,7 @@ def test_reproduce_inat_becomes_folders(tmp_path, monkeypatch):
         listing = {"images": [{"id": 5, "file_name": path}],
                    "annotations": [{"image_id": 5, "category_id": 7477}]}
         Path(f"{split}2018.json").write_text(json.dumps(listing))
-    exec(python_block("iNat18"), {})
+    exec(python_block("iNat18/"), {})
     assert Path("iNat18/train/7477/train.jpg").exists()
     assert Path("iNat18/val/7477/val.jpg").exists()
 
@@ -183,7 +208,7 @@ def test_reproduce_cars_becomes_folders(tmp_path, monkeypatch):
         for name in notes["fname"]:
             Path(f"cars_{split}", name).touch()
         scipy_io.savemat(path, {"annotations": notes})
-    exec(python_block("Cars"), {})
+    exec(python_block("Cars/"), {})
     for split in ("train", "test"):
         assert Path("Cars", split, "007", "00001.jpg").exists()
         assert Path("Cars", split, "196", "00002.jpg").exists()
