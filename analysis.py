@@ -74,7 +74,7 @@ def cka_features(model, states):
 
 
 def fourier_log_amplitude(tokens, grid):
-    """Log amplitude of feature maps at frequencies 0, 2 pi / grid, ..., pi, less that at 0 (Fig. 3).
+    """Log amplitude of feature maps at frequencies 0, 2 pi / grid, ..., pi; at 0 it is 0 (Fig. 3).
 
     tokens `(B, L, D)`, no class token -> `(grid // 2 + 1,)`: diagonal of the Fourier transform, log
     modulus, mean over images and channels (Park and Kim, 2022). InputError for an odd grid.
