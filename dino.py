@@ -305,8 +305,9 @@ def draw_curves(args):
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     figure = Figure((12, 3), layout="tight")
     for axis, name in zip(figure.subplots(1, 4), ("loss", "entropy", "kl", "token_spread")):
-        axis.plot([entry["epoch"] for entry in log], [entry[name] for entry in log])
-        axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, None))
+        values = [entry[name] for entry in log]
+        axis.plot([entry["epoch"] for entry in log], values)
+        axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, 1.1 * max(values)))
     figure.suptitle(f"DINO {args.arch} on {args.data}")
     figure.savefig(args.out / "curves.png")
 
