@@ -85,6 +85,11 @@ def children(pid):
         return [int(child) for child in file.read().split()]
 
 
+def hear_ctrl_c():
+    """A shell's background jobs, and what they start, ignore SIGINT: a script under test must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def is_alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -251,7 +256,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_signals_end_a_run_and_its_workers_at_once(number, code, tmp_path):
-    process = begin("mae.py", *TINY, "--epochs", 1000, "--workers", 2, "--out", tmp_path)
+    process = begin("mae.py", *TINY, "--epochs", 1000, "--workers", 2, "--out", tmp_path,
+                    preexec_fn=hear_ctrl_c)
     wait_for(lambda: len(log_of(tmp_path)) > 1, process)
     workers = children(process.pid)
     assert len(workers) >= 2
@@ -539,7 +545,7 @@ def test_ctrl_c_during_a_download_ends_it_at_once(server, tmp_path):
     script = tmp_path / "download.py"
     script.write_text(DOWNLOAD)
     process = begin(script, ROOT, server, "--data", "cifar10", "--download", "--root", tmp_path / "root",
-                    "--out", tmp_path / "out")
+                    "--out", tmp_path / "out", preexec_fn=hear_ctrl_c)
     wait_for(lambda: list((tmp_path / "root").glob("*")) if (tmp_path / "root").exists() else False, process)
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=10)
