@@ -623,6 +623,7 @@ def test_masks_without_an_outline_are_drawn_without_a_warning(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.slow
 def test_detect_resumed_equals_uninterrupted(toy_run, tmp_path):
     call(detect, *SHORT, "--max-steps", 2, "--out", tmp_path / "run")
     call(detect, *SHORT, "--max-steps", 2, "--out", tmp_path / "run", "--resume", "--workers", 1)
@@ -719,6 +720,7 @@ def test_detect_evaluates_scenes_of_the_checkpoints_size(toy_run, tmp_path):
     assert json.loads((toy_run / "evaluation.json").read_text()) == json.loads((toy_run / "detections.json").read_text())
 
 
+@pytest.mark.slow
 def test_detect_two_ranks_stay_in_step_and_see_each_validation_image_once(tmp_path):
     script = tmp_path / "spy.py"
     script.write_text(f"""

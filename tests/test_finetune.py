@@ -536,6 +536,7 @@ def test_sgd_survives_a_first_step_that_fp16_skips(checkpoint, tmp_path, monkeyp
     assert not torch.equal(after["pos_embed"], weights(tmp_path, "mae.pt")["pos_embed"])
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one_with_all_that_is_random(tmp_path):
     """Steps 3, 7 and 10 are evaluated, also where a run ends at 7."""
     settings = (*TINY, *RANDOM, "--eval-every", 1)
@@ -554,6 +555,7 @@ def test_resumed_run_equals_the_uninterrupted_one_with_all_that_is_random(tmp_pa
     assert [entry["step"] for entry in logs[0] if "top1" in entry] == [3, 7, 10]
 
 
+@pytest.mark.slow
 def test_evaluation_that_was_killed_is_repeated(tmp_path, monkeypatch):
     settings = (*TINY, "--save-minutes", 0, "--out", tmp_path / "killed")  # saves after each step
     predict = finetune.predict
