@@ -412,7 +412,7 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size  # step s has samples [s B, (s + 1) B)
+    B = args.batch_size  # the first step has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, collate_fn=collate,
@@ -430,7 +430,7 @@ def train(args):
             # Anchors and boxes are chosen at random, the same ones after a restart.
             numbers = np.random.SeedSequence((args.seed, step - 1, RANK, part)).generate_state(1)
             torch.manual_seed(int(numbers[0]))
-            # Gradients are synchronized between ranks on the last micro-batch.
+            # Ranks synchronize gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
                 losses = network(list(images), targets)
