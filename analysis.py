@@ -307,7 +307,7 @@ def count(text):  # type of an argument: 1, 2, 3, ...
 
 
 class Folder(Dataset):
-    """All images below a folder; the class of each is the top folder, "" if it lies in none."""
+    """All images below a folder; the class is the top folder, "" if it lies in none."""
 
     def __init__(self, root):
         self.root = root

@@ -16,6 +16,7 @@ Results in --out: config.json, log.jsonl, last.pt, curves.png, attention.png. --
 Shapes: B images on this rank, V local crops, S and s sides of global and local crops, d outputs.
 """
 import argparse
+import atexit
 import copy
 import functools
 import json
@@ -409,7 +410,7 @@ def share(text):  # a number from 0 to 1
 
 
 class Folder(Dataset):
-    """All images below a folder; the class of each is the top folder, "" if it lies in none."""
+    """All images below a folder; the class is the top folder, "" if it lies in none."""
 
     def __init__(self, root):
         self.root = root
@@ -521,11 +522,11 @@ def shuffled(v, n, seed):
 
 
 def setup(args, crops=1):
-    """Joins the other ranks, prints the settings, returns the device."""
+    """Joins the ranks, prints the settings, returns the device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if LOCAL_RANK >= torch.cuda.device_count():
-            raise vit.InputError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
+            raise vit.InputError(f"--nproc_per_node: only {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -534,6 +535,7 @@ def setup(args, crops=1):
     args.amp = args.amp or "off"
     if WORLD > 1:
         dist.init_process_group(device_id=device if device.type == "cuda" else None)
+        atexit.register(dist.destroy_process_group)  # else its threads may abort
     B = args.batch_size
     parts = WORLD * args.accum * crops
     if B % parts:
@@ -565,10 +567,9 @@ def start(args, data, **parts):
     checkpoint = {"step": 0, "log": ""}
     if args.resume and path.exists():
         checkpoint = vit.open_checkpoint(path)
-        now = vars(args)
-        changed = [f"--{name.replace('_', '-')} was {value}, now {now.get(name)}"
+        changed = [f"--{name.replace('_', '-')} was {value}, now {vars(args).get(name)}"
                    for name, value in checkpoint["config"].items()
-                   if name not in MAY_CHANGE and value != now.get(name)]
+                   if name not in MAY_CHANGE and value != vars(args).get(name)]
         if changed:
             raise vit.InputError(f"{path}: {'; '.join(changed)}")
         for name, part in parts.items():
@@ -614,7 +615,7 @@ class Log:
         self.waited = 0.0
         self.since = time.time()
 
-    def timed(self, batches):  # the time that they take to come is logged as data_wait
+    def timed(self, batches):  # the time they take to come is logged as data_wait
         began = time.time()
         for batch in batches:
             self.waited += time.time() - began
@@ -627,7 +628,7 @@ class Log:
         self.parts += 1
 
     def write(self, step, **entry):
-        """Adds a line to log.jsonl, or raises InputError, on all ranks, if it is not finite."""
+        """Adds a line to log.jsonl, or raises InputError on all ranks if it is not finite."""
         means = torch.stack(list(self.sums.values())).float() / self.parts / WORLD
         if WORLD > 1:
             dist.all_reduce(means)
@@ -635,8 +636,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try --amp bf16, "
-                                 "--clip-grad 1, a lower --base-lr")
+            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try bf16, --clip-grad 1")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
         entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}

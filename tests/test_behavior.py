@@ -22,7 +22,7 @@ from conftest import same_state
 import mae
 import vit
 
-TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 6, "--log-every", 1)    # 82 images, 20 steps
+TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 6, "--log-every", 1)  # 82 images, 20 steps
 TOY_NETWORK = ("--arch", "toy", "--img-size", 32, "--patch-size", 8)
 EXTRA = {  # what a script needs beside TINY
     "mocov3": ("--mlp-dim", 64, "--dim", 32),
@@ -37,12 +37,12 @@ def forked(script, arguments, rank, ranks, port, errors):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     module = importlib.import_module(script)
     module.RANK = rank
     module.LOCAL_RANK = rank
     module.WORLD = ranks
-    for name in vars(module).copy():    # figures, most of a short run, are tested elsewhere
+    for name in vars(module).copy():  # figures, most of a short run, are tested elsewhere
         if name.startswith("draw_") and name != "draw_shapes":
             setattr(module, name, no_figure)
     try:
@@ -123,7 +123,7 @@ def no_figures(monkeypatch):
 # ------------------------------------------------------------ exactness
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "detect"])    # detect.py says why
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "detect"])  # detect.py says why
 def test_two_ranks_give_the_run_of_one(script, tmp_path, settings):
     shared = (*settings(script), "--max-steps", 4)
     accum = () if script in ("mocov3", "dino") else ("--accum", 3)
@@ -158,8 +158,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, s
 @pytest.mark.slow
 def test_resume_in_pieces_equals_one_run(tmp_path, capsys):
     call(mae, *TINY, "--out", tmp_path / "whole")
-    call(mae, *TINY, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)    # nothing to resume yet
-    for _ in range(4):    # the last finds a finished run
+    call(mae, *TINY, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)  # nothing to resume yet
+    for _ in range(4):  # the last finds a finished run
         call(mae, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)
     same_state(tmp_path / "whole", tmp_path / "pieces")
     assert len(log_of(tmp_path / "pieces")) == 20 and "step 20 of 20" in capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_resume_in_pieces_equals_one_run(tmp_path, capsys):
 
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     call(mae, *TINY, "--max-steps", 3, "--out", tmp_path)
-    with open(tmp_path / "log.jsonl", "a") as log:    # what a killed run wrote after its checkpoint
+    with open(tmp_path / "log.jsonl", "a") as log:  # what a killed run wrote after its checkpoint
         log.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
     call(mae, "--out", tmp_path, "--resume", "--max-steps", 2)
     assert [entry["step"] for entry in log_of(tmp_path)] == [1, 2, 3, 4, 5]
@@ -291,7 +291,7 @@ def wait_until_dead(pids, seconds=20):
 def log_for(folder, amp, scale=2.0 ** 16):
     args = mae.parse(["--amp", amp, "--out", str(folder)], mae.settings, mae.PRESETS, out="")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=amp == "fp16")
-    scaler.scale(torch.ones(()))    # from now on it has a scale
+    scaler.scale(torch.ones(()))  # from now on it has a scale
     return mae.Log(args, scaler)
 
 
@@ -317,7 +317,7 @@ def test_log_refuses_what_is_not_finite_but_the_steps_that_fp16_skips(amp, loss,
         assert log_of(tmp_path) == []
     else:
         log.write(2, grad_norm=norm)
-        entry, = log_of(tmp_path)    # valid JSON
+        entry, = log_of(tmp_path)  # valid JSON
         assert entry["loss"] == 1.0 and ("grad_norm" in entry) == np.isfinite(norm)
 
 
@@ -414,7 +414,7 @@ def test_bad_input_from_the_shell_exits_with_2(tmp_path):
 
 @pytest.mark.slow
 def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path):
-    script = tmp_path / "mae.py"    # a copy with a bug
+    script = tmp_path / "mae.py"  # a copy with a bug
     text = (ROOT / "mae.py").read_text()
     assert "loss, pred, mask\n" in text
     script.write_text(text.replace("return loss, pred, mask\n", "return loss, pred, mistake\n"))
@@ -471,7 +471,7 @@ def test_a_broken_image_is_named_also_from_workers_and_ranks(image_folder, tmp_p
     broken.write_bytes(broken.read_bytes()[:500])
     out = run("mae.py", *TOY_NETWORK, "--data", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1,
               "--batch-size", 12, "--warmup-epochs", 0, "--workers", workers, ranks=ranks,
-              code=2 if ranks == 1 else 1)    # torchrun itself exits with 1
+              code=2 if ranks == 1 else 1)  # torchrun itself exits with 1
     assert f"error: {broken}: unreadable image (" in out
     assert ranks > 1 or "Traceback" not in out
 
@@ -488,7 +488,17 @@ def test_more_ranks_than_gpus_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(mae, "LOCAL_RANK", 2)
-    assert "there are 2 GPUs" in refused(capsys, mae, "--out", tmp_path / "out")
+    assert "only 2 GPUs" in refused(capsys, mae, "--out", tmp_path / "out")
+
+
+def test_ranks_leave_the_process_group_before_python_ends(monkeypatch, tmp_path):
+    """Without it gloo's threads abort about every second process that ends."""
+    registered = []
+    monkeypatch.setattr(mae, "WORLD", 2)
+    monkeypatch.setattr(mae.dist, "init_process_group", lambda device_id: None)
+    monkeypatch.setattr(mae.atexit, "register", registered.append)
+    mae.setup(mae.parse([], mae.settings, mae.PRESETS, out=tmp_path))
+    assert registered == [torch.distributed.destroy_process_group]
 
 
 # ------------------------------------------------------------ downloads

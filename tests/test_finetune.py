@@ -584,6 +584,13 @@ def test_resumed_run_needs_no_init_file(checkpoint, tmp_path, monkeypatch):
     same_state(tmp_path / "whole", tmp_path / "pieces")
 
 
+def test_resume_of_a_probe_takes_its_settings_from_the_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(finetune, *SHORT, "--mode", "linear", "--max-steps", 4)
+    call(finetune, "--mode", "linear", "--resume")
+    assert log_of(tmp_path / "runs" / "finetune")[-1]["step"] == 10
+
+
 def test_sizes_are_those_of_init_or_typed(checkpoint, tmp_path, capsys):
     """Without --init they are the preset's (toy: 32 px, patch 4)."""
     call(finetune, *SHORT, "--init", checkpoint, "--img-size", 48, "--global-pool", "token",
