@@ -60,17 +60,18 @@ def alternate(ways, rounds, clock=time.perf_counter):
 
 
 def report(title, count, unit, seconds, memory=()):
-    """A row per way: `count` units a second, the ratio to the first way (median over rounds), peak memory."""
+    """A row per way: `count` units a second, ratio to the first (median over rounds), memory."""
     print(f"\n{title}\n  {'':36}{unit + '/s':>12}{'ratio':>8}{'peak GB' * bool(memory):>10}")
     plain = next(iter(seconds.values()))
     for i, (name, times) in enumerate(seconds.items()):
         ratio = statistics.median(a / b for a, b in zip(plain, times))
         peak = f"{memory[i]:.2f}" if memory else ""
-        print(f"  {name:36}{count / statistics.median(times):12.1f}{ratio:8.2f}{peak:>10}", flush=True)
+        speed = count / statistics.median(times)
+        print(f"  {name:36}{speed:12.1f}{ratio:8.2f}{peak:>10}", flush=True)
 
 
 def peak_memory(function):
-    """Peak memory in GB of a picklable function, in a process of its own; of a GPU what it allocates."""
+    """Peak memory in GB of a picklable function, in a process of its own; of a GPU, allocated."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(memory_of, (function,))
 
@@ -79,9 +80,10 @@ def memory_of(function):
     function()
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    status = Path("/proc/self/status")    # Linux
+    status = Path("/proc/self/status")  # Linux
     lines = status.read_text().splitlines() if status.exists() else ["VmHWM: nan"]
-    return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2 ** 20
+    peak = [line for line in lines if line.startswith("VmHWM")][0]
+    return float(peak.split()[1]) / 2 ** 20
 
 
 # ------------------------------------------------------------ training steps of the network alone
@@ -93,7 +95,7 @@ def explicit_attention(self, x):
 
 
 def training_step(make, batch_size, plain=False, compiled=False):
-    """A function that trains one step: as the scripts do, or with explicit attention and unfused AdamW."""
+    """A function that trains one step: as the scripts do, or explicit attention, unfused AdamW."""
     torch.manual_seed(0)
     model, loss_of = make(batch_size)
     kernels = {"fused": True}
@@ -104,7 +106,8 @@ def training_step(make, batch_size, plain=False, compiled=False):
                 module.forward = explicit_attention.__get__(module)
     elif compiled:
         model.compile()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **kernels)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, **kernels)
 
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
@@ -126,21 +129,31 @@ def noise_images(batch_size, size=224):
 
 
 def mae_tiny(batch_size, arch="tiny", img_size=224, patch_size=16):
-    model = mae.MaskedAutoencoder(vit.ARCHS[arch](img_size=img_size, patch_size=patch_size)).to(DEVICE)
+    encoder = vit.ARCHS[arch](img_size=img_size, patch_size=patch_size)
     images = noise_images(batch_size, img_size)
-    return model, lambda network: network(images)[0]
+
+    def loss_of(network):
+        loss, _, _ = network(images)
+        return loss
+    return mae.MaskedAutoencoder(encoder).to(DEVICE), loss_of
 
 
 def classifier_tiny(batch_size):
     images = noise_images(batch_size)
-    targets = torch.rand(batch_size, 1000, device=DEVICE).softmax(1)    # soft, as after mixup
-    return vit.vit_tiny(num_classes=1000).to(DEVICE), lambda network: F.cross_entropy(network(images).float(), targets)
+    targets = torch.rand(batch_size, 1000, device=DEVICE).softmax(1)  # soft, as after mixup
+
+    def loss_of(network):
+        return F.cross_entropy(network(images).float(), targets)
+    return vit.vit_tiny(num_classes=1000).to(DEVICE), loss_of
 
 
 def moco_tiny(batch_size):
     import mocov3
     images = noise_images(batch_size)
-    return mocov3.MoCoV3(vit.vit_tiny).to(DEVICE), lambda network: network(images, images.flip(-1), 0.99)
+
+    def loss_of(network):
+        return network(images, images.flip(-1), 0.99)
+    return mocov3.MoCoV3(vit.vit_tiny).to(DEVICE), loss_of
 
 
 def distilled_tiny(batch_size, blocks=(11,)):
@@ -159,14 +172,21 @@ def distilled_tiny(batch_size, blocks=(11,)):
 def compare(title, ways, args, default):
     """`ways {name: (make, plain)}`, one training step each."""
     batch_size = args.batch_size or (default if DEVICE.type == "cpu" else 256)
-    steps = {name: training_step(make, batch_size, plain, args.compile) for name, (make, plain) in ways.items()}
+    steps = {}
+    for name, (make, plain) in ways.items():
+        steps[name] = training_step(make, batch_size, plain, args.compile)
     seconds = alternate(steps, args.rounds)
-    memory = [peak_memory(functools.partial(two_steps, make, batch_size, plain, args.compile)) for make, plain in ways.values()]
-    report(f"{title}, 224 px, batch {batch_size}, network alone", batch_size, "images", seconds, memory)
+    memory = []
+    for make, plain in ways.values():
+        twice = functools.partial(two_steps, make, batch_size, plain, args.compile)
+        memory.append(peak_memory(twice))
+    title = f"{title}, 224 px, batch {batch_size}, network alone"
+    report(title, batch_size, "images", seconds, memory)
 
 
 def part_mae(args):
-    compare("MAE, ViT-Tiny", {"plain: explicit, unfused": (mae_tiny, True), "here": (mae_tiny, False)}, args, 32)
+    ways = {"plain: explicit, unfused": (mae_tiny, True), "here": (mae_tiny, False)}
+    compare("MAE, ViT-Tiny", ways, args, 32)
 
 
 def part_finetune(args):
@@ -175,13 +195,16 @@ def part_finetune(args):
 
 
 def part_mocov3(args):
-    compare("MoCo-v3, ViT-Tiny", {"plain: explicit, unfused": (moco_tiny, True), "here": (moco_tiny, False)}, args, 8)
+    ways = {"plain: explicit, unfused": (moco_tiny, True), "here": (moco_tiny, False)}
+    compare("MoCo-v3, ViT-Tiny", ways, args, 8)
 
 
 def part_distill(args):
     every = functools.partial(distilled_tiny, blocks=tuple(range(12)))
-    ways = {"MAE without a teacher": (mae_tiny, False), "ViT-Base teaches the last block": (distilled_tiny, False),
-            "ViT-Base teaches all blocks": (every, False)}
+    ways = {
+        "MAE without a teacher": (mae_tiny, False),
+        "ViT-Base teaches the last block": (distilled_tiny, False),
+        "ViT-Base teaches all blocks": (every, False)}
     compare("Distillation of ViT-Tiny", ways, args, 16)
 
 
@@ -191,16 +214,18 @@ def photographs(args):
     """A folder of JPEGs: --data, or 64 generated ones of 500 x 375 pixels."""
     if args.data:
         return args.data
-    rng, folder = np.random.default_rng(0), tempfile.mkdtemp()
+    rng = np.random.default_rng(0)
+    folder = tempfile.mkdtemp()
     for i in range(64):
-        coarse = Image.fromarray(rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 255, (47, 63, 3), dtype=np.uint8))
+        coarse = coarse.resize((500, 375), Image.BICUBIC)
         fine = np.asarray(coarse).astype(int) + rng.integers(-12, 12, (375, 500, 1))
         Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i}.jpg", quality=90)
     return folder
 
 
 def part_load(args):
-    """One core: crops of photographs by torchvision's usual pipeline on PIL, and mae.py's samples."""
+    """One core: crops of photographs by torchvision's usual pipeline on PIL, and by mae.py."""
     usual = transforms.Compose([
         transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
@@ -222,7 +247,7 @@ def part_load(args):
 
         def here():
             for v in range(number):
-                samples[v]
+                _ = samples[v]
         ways = {"plain: PIL, one decoding a crop": plain, "here": here}
         seconds = alternate(ways, args.rounds, clock=time.process_time)
         report(f"Loading, one core, {crops} a decoded image", crops * number, "crops", seconds)
@@ -251,7 +276,7 @@ def part_views(args):
 
         def here():
             for v in range(number):
-                samples[v]
+                _ = samples[v]
         ways = {"plain: v2, blur in two dimensions": plain, "here": here}
         seconds = alternate(ways, args.rounds, clock=time.process_time)
         report(f"{title}, one core, {number} JPEGs", number, "samples", seconds)
@@ -283,17 +308,20 @@ def part_toy(args):
     samples = mae.Samples(mae.open_data(settings, train=True), settings)
     batches = iter(torch.utils.data.DataLoader(samples, 128, sampler=range(10 ** 9)))
     step = training_step(functools.partial(mae_tiny, arch="toy", img_size=32, patch_size=4), 128)
-    seconds = alternate({"a training step": step, "loading its images": lambda: next(batches)}, 10 * args.rounds)
+    ways = {"a training step": step, "loading its images": functools.partial(next, batches)}
+    seconds = alternate(ways, 10 * args.rounds)
     report("Toy images, batch 128", 128, "images", seconds)
 
 
 def part_memory(args):
-    """What a worker's private memory grows by in one epoch over the paths of 1.28 million images."""
+    """What a worker's private memory grows by in one epoch over 1.28 million images' paths."""
     print("\nPrivate memory of a worker, growth in one epoch over 1,281,167 paths")
-    for title, make in (("plain: a list of tuples", list_of_paths), ("here: an array", array_of_paths)):
+    fork = multiprocessing.get_context("fork")
+    ways = {"plain: a list of tuples": list_of_paths, "here: an array": array_of_paths}
+    for title, make in ways.items():
         paths = make(1_281_167)
         receiver, sender = multiprocessing.Pipe()
-        worker = multiprocessing.get_context("fork").Process(target=look_at_all, args=(paths, sender))
+        worker = fork.Process(target=look_at_all, args=(paths, sender))
         worker.start()
         print(f"  {title:36}{receiver.recv() / 1e6:12.1f} MB", flush=True)
         worker.join()
@@ -310,40 +338,55 @@ def array_of_paths(n):
 
 def look_at_all(paths, sender):
     """An epoch of a worker: its share of sample numbers, one of 8, in shuffled order."""
-    mae.permutation(len(paths), 0, 0)    # the order itself, 5 MB, is the same in both ways
+    mae.permutation(len(paths), 0, 0)  # the order itself, 5 MB, is the same in both ways
     before = private_bytes()
     for v in range(0, len(paths), 8):
-        paths[mae.shuffled(v, len(paths), seed=0)]
+        _ = paths[mae.shuffled(v, len(paths), seed=0)]
     sender.send(private_bytes() - before)
 
 
 def private_bytes():
     text = Path("/proc/self/smaps_rollup").read_text()
-    return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
+    lines = [line for line in text.splitlines() if line.startswith("Private_")]
+    return 1024 * sum(int(line.split()[1]) for line in lines)
 
 
 def part_end(args):
     """Ten steps of mae.py as users start it, from JPEGs, against the network alone."""
     batch_size = args.batch_size or (32 if DEVICE.type == "cpu" else 256)
-    alone = alternate({"": training_step(mae_tiny, batch_size, compiled=args.compile)}, args.rounds)[""]
+    step = training_step(mae_tiny, batch_size, compiled=args.compile)
+    seconds = alternate({"alone": step}, args.rounds)["alone"]
+    alone = batch_size / statistics.median(seconds)
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, ROOT / "mae.py", "--data", photographs(args), "--out", out, "--max-steps", "20", "--batch-size",
-                   str(batch_size), "--epochs", "1000", *["--compile"] * args.compile]
+        command = [sys.executable, ROOT / "mae.py", "--data", photographs(args), "--out", out,
+                   "--max-steps", "20", "--batch-size", str(batch_size), "--epochs", "1000"]
+        if args.compile:
+            command.append("--compile")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         last = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])
-    print(f"\nEnd to end, mae.py, ViT-Tiny, 224 px, batch {batch_size}: {last['images_per_s']:.1f} images/s, of which "
-          f"{last['data_wait']:.1%} waiting for data; the network alone {batch_size / statistics.median(alone):.1f} images/s")
+    print(f"\nEnd to end, mae.py, ViT-Tiny, 224 px, batch {batch_size}: "
+          f"{last['images_per_s']:.1f} images/s, of which {last['data_wait']:.1%} "
+          f"waiting for data; the network alone {alone:.1f} images/s")
 
 
 # ------------------------------------------------------------ analysis and inference
 
 def part_cka(args):
-    """All 13 x 13 layers of two ViT-Tiny, 256 images in mini-batches of 32."""
+    """All 13 x 13 layers of two ViT-Tiny, 64 images in mini-batches of 32."""
     import analysis
-    batches = [([torch.randn(32, 196, 192) for _ in range(13)], [torch.randn(32, 196, 192) for _ in range(13)]) for _ in range(2)]
+
+    def layers():
+        return [torch.randn(32, 196, 192) for _ in range(13)]
+    batches = [(layers(), layers()) for _ in range(2)]
+
+    def gram(x):
+        x = x.flatten(1).double()
+        return x @ x.T
 
     def hsic(K, L):
-        n, K, L = len(K), K.clone().fill_diagonal_(0), L.clone().fill_diagonal_(0)
+        n = len(K)
+        K = K.clone().fill_diagonal_(0)
+        L = L.clone().fill_diagonal_(0)
         sums = K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (K.sum(0) @ L.sum(0))
         return ((K * L).sum() + sums) / (n * (n - 3))
 
@@ -351,15 +394,19 @@ def part_cka(args):
         for a, b in batches:
             for x in a:
                 for y in b:
-                    K, L = (z.flatten(1).double() @ z.flatten(1).double().T for z in (x, y))
-                    hsic(K, L), hsic(K, K), hsic(L, L)
+                    K = gram(x)
+                    L = gram(y)
+                    hsic(K, L)
+                    hsic(K, K)
+                    hsic(L, L)
 
     def here():
         cka = analysis.CKA(13, 13)
         for a, b in batches:
             cka.update(a, b)
         cka.compute()
-    report("CKA of 13 x 13 layers, 64 images", 64, "images", alternate({"plain: a double loop": plain, "here": here}, args.rounds))
+    seconds = alternate({"plain: a double loop": plain, "here": here}, args.rounds)
+    report("CKA of 13 x 13 layers, 64 images", 64, "images", seconds)
 
 
 def part_throughput(args):
@@ -377,14 +424,16 @@ def part_throughput(args):
     way = f"ViT-{args.arch}, {args.num_heads} heads"
     seconds = alternate({way: forward}, args.rounds)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    report(f"Throughput, {parameters:.2f}M parameters, 224 px, batch {batch_size}", batch_size, "images", seconds)
+    title = f"Throughput, {parameters:.2f}M parameters, 224 px, batch {batch_size}"
+    report(title, batch_size, "images", seconds)
 
 
 PARTS = {name[5:]: part for name, part in list(globals().items()) if name.startswith("part_")}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of: {' '.join(PARTS)} (default: all)")
     parser.add_argument("--data", help="a folder of JPEGs")
     parser.add_argument("--batch-size", type=int)
@@ -397,7 +446,9 @@ def main():
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"no part {' '.join(sorted(unknown))}")
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if DEVICE.type == "cuda":
+        device = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {device}, {os.cpu_count()} cores")
     for name in args.parts or PARTS:
         PARTS[name](args)

@@ -1,6 +1,6 @@
-"""What the tests share: golden numbers, the weights and inputs they were made with, ways to run a script.
+"""What the tests share: golden numbers, their weights and inputs, ways to run a script.
 
-`goldens.json`: what the published implementations compute. Agreement: 1e-6 in float64, 1e-4 in float32.
+`goldens.json` says where its numbers come from. Agreement: 1e-6 in float64, 1e-4 in float32.
 """
 import functools
 import json
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-if os.environ.get("TEST_GPU") != "1":           # tests/test_gpu.py says how to run it
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""     # everything else is compared on the CPU
+if os.environ.get("TEST_GPU") != "1":  # tests/test_gpu.py says how to run it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything else is compared on the CPU
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 import vit  # noqa: E402
 
 GOLDENS = json.loads((ROOT / "tests" / "goldens.json").read_text())
-SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)    # the golden networks'
+# The golden networks'
+SIZES = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, mlp_ratio=4)
 TEACHER = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, mlp_ratio=4)
 
 
@@ -63,7 +64,7 @@ def value(name, shape):
     if leaf in ("cls_token", "mask_token"):
         v = 0.5 * v
     elif len(shape) == 1:
-        v = 0.1 * v + (leaf == "weight")    # 1-D weights are those of LayerNorm and BatchNorm
+        v = 0.1 * v + (leaf == "weight")  # 1-D weights are those of LayerNorm and BatchNorm
     else:
         v = v / np.sqrt(np.prod(shape[1:]))
     return torch.from_numpy(v)
@@ -80,15 +81,17 @@ def fill(module, prefix="", dtype=torch.float64, rename=lambda name: name):
 
 
 def images(n=4, size=32, dtype=torch.float64):
-    return torch.from_numpy(np.random.RandomState(1000 * n + size).standard_normal((n, 3, size, size))).to(dtype)
+    pixels = np.random.RandomState(1000 * n + size).standard_normal((n, 3, size, size))
+    return torch.from_numpy(pixels).to(dtype)
 
 
 def noise(n, length, dtype=torch.float64):
-    return torch.from_numpy(np.random.RandomState(7).random_sample((n, length))).to(dtype)
+    keys = np.random.RandomState(7).random_sample((n, length))
+    return torch.from_numpy(keys).to(dtype)
 
 
 def agrees(tensor, golden, tolerance=1e-6):
-    """Asserts that a tensor is the golden one: a number, nested lists, or a summary of a big tensor."""
+    """Asserts that a tensor is the golden one: a number, nested lists, or a big one's summary."""
     if not isinstance(golden, dict):
         expected = torch.tensor(golden, dtype=torch.float64)
         actual = torch.as_tensor(tensor).detach().double()
@@ -97,9 +100,11 @@ def agrees(tensor, golden, tolerance=1e-6):
         flat = tensor.detach().double().flatten()
         sums = torch.stack([flat.std(correction=0), flat.abs().sum(), flat.norm()])
         actual = torch.cat([sums, flat[:16], flat[golden["rand_idx"]]])
-        numbers = [golden["std"], golden["abs_sum"], golden["l2"], *golden["first16"], *golden["rand_vals"]]
+        numbers = [golden[name] for name in ("std", "abs_sum", "l2")]
+        numbers += golden["first16"] + golden["rand_vals"]
         expected = torch.tensor(numbers, dtype=torch.float64)
-    scale = expected.abs() + 1e-3 * expected[expected.isfinite()].abs().mean()    # near zero: of the mean
+    mean = expected[expected.isfinite()].abs().mean()
+    scale = expected.abs() + 1e-3 * mean  # near zero: of the mean
     worst = ((actual - expected).abs() / scale).max().item()
     assert worst <= tolerance, f"off by {worst:.1e}, allowed {tolerance:.0e}"
 
@@ -107,14 +112,15 @@ def agrees(tensor, golden, tolerance=1e-6):
 # ------------------------------------------------------------ running a script
 
 def begin(script, *arguments, ranks=1, **popen):
-    """Starts `python -W error script ...`, or torchrun with several gloo ranks, and returns the process."""
+    """Starts `python -W error script ...`, or torchrun with several gloo ranks: the process."""
     launcher = [sys.executable, "-W", "error"]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
                     f"--master_port={free_port()}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=ROOT, env=environment,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    command = [*launcher, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
 def run(script, *arguments, code=0, **kw):
@@ -137,7 +143,7 @@ def refused(capsys, module, *arguments):
         call(module, *arguments)
     except vit.InputError as error:
         line = str(error)
-    except SystemExit as ended:    # argparse
+    except SystemExit as ended:  # argparse
         line = capsys.readouterr().err.strip()
         assert ended.code == 2
     else:
@@ -154,7 +160,7 @@ def free_port():
 
 SCRIPTS = [name for name in ("mae", "distill", "mocov3", "finetune", "detect", "simmim", "dino")
            if (ROOT / f"{name}.py").exists()]
-FORKS = multiprocessing.get_context("forkserver")    # imports the scripts once; each process starts at once
+FORKS = multiprocessing.get_context("forkserver")  # imports the scripts once, for all processes
 FORKS.set_forkserver_preload(SCRIPTS)
 
 
@@ -162,7 +168,7 @@ def finish(processes, code=0):
     for process in processes:
         process.join(120)
     codes = [process.exitcode for process in processes]
-    for process in processes:    # one that hangs would keep pytest from ending
+    for process in processes:  # one that hangs would keep pytest from ending
         process.kill()
     assert codes == [code] * len(processes), f"exit codes {codes}, not {code}"
 
@@ -173,34 +179,39 @@ def log_of(folder):
 
 
 def same_state(a, b, tolerance=0.0, name="last.pt"):
-    """Asserts that two runs end in the same weights and optimizer state, and logged the same losses."""
-    a, b = (torch.load(Path(folder) / name, weights_only=True) for folder in (a, b))
+    """Asserts that two runs end in the same weights and optimizer state."""
+    a, b = [torch.load(Path(folder) / name, weights_only=True) for folder in (a, b)]
     assert a["step"] == b["step"]
-    states = [(c["model"], c.get("optimizer", {"state": {}})["state"]) for c in (a, b)]
-    for key, x in states[0][0].items():
-        y = states[1][0][key]
-        if tolerance and key.endswith("qkv.bias"):    # the keys' bias cancels in the softmax: Adam scales up rounding
-            x, y = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (x, y))
-        if tolerance and key.endswith(("_encoder.norm.bias", "running_mean")):    # BatchNorm removes it, as above
-            continue
+    assert a.keys() == b.keys() and a["model"].keys() == b["model"].keys()
+    for key, x in a["model"].items():
+        y = b["model"][key]
+        if tolerance and key.endswith("qkv.bias"):
+            # The keys' bias cancels in the softmax: Adam scales up rounding.
+            x, y = [torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (x, y)]
+        if tolerance and key.endswith(("_encoder.norm.bias", "running_mean")):
+            continue  # BatchNorm removes it, as above
         assert (x.double() - y.double()).abs().max() <= tolerance, key
-    if not tolerance:
-        for x, y in zip(states[0][1].values(), states[1][1].values(), strict=True):
+    if not tolerance and "optimizer" in a:
+        states = [checkpoint["optimizer"]["state"].values() for checkpoint in (a, b)]
+        for x, y in zip(*states, strict=True):
+            assert x.keys() == y.keys()
             assert all(torch.equal(torch.as_tensor(x[key]), torch.as_tensor(y[key])) for key in x)
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """JPEGs of three classes, 12 for training and 6 for validation each, 66 x 66 to 79 x 71 pixels."""
+    """JPEGs of three classes, each 12 for training, 6 for validation, 66 x 66 to 79 x 71 pixels."""
     from PIL import Image
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
         for label in ("bird", "boat", "bus"):
             (root / split / label).mkdir(parents=True)
             for i in range(count):
                 coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
                 size = (int(rng.integers(66, 80)), int(rng.integers(66, 72)))
-                Image.fromarray(coarse).resize(size, Image.BICUBIC).save(root / split / label / f"{i}.jpg")
+                image = Image.fromarray(coarse).resize(size, Image.BICUBIC)
+                image.save(root / split / label / f"{i}.jpg")
     return root
 
 

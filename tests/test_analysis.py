@@ -62,7 +62,7 @@ def test_fig1_cka_ignores_rotation_scale_and_shift():
     related = x + y
     before, after, mapped = (cka_of([([x], [z])]).item() for z in (
         related, 7 * related @ rotation + 3000, related @ normal(10, 10, seed=3)))
-    assert after == pytest.approx(before)    # in float32, the shift would be felt
+    assert after == pytest.approx(before)  # in float32, the shift would be felt
     assert abs(mapped - before) > 1e-3
 
 
@@ -71,7 +71,7 @@ def test_fig1_cka_of_small_mini_batches_estimates_what_one_full_batch_does():
     y = x @ normal(20, 20, seed=1) + 4 * normal(512, 20, seed=2)
     whole = cka_of([([x], [y])])
     halves = cka_of([([a], [b]) for a, b in zip(x.split(8), y.split(8))])
-    assert abs(halves - whole) < 0.05                                  # biased HSIC: 0.3 too much
+    assert abs(halves - whole) < 0.05  # biased HSIC: 0.3 too much
     unrelated = [([normal(8, 40, seed=b)], [normal(8, 30, seed=900 + b)]) for b in range(200)]
     assert abs(cka_of(unrelated)) < 0.05
 
@@ -81,7 +81,7 @@ def test_features_of_cka_are_the_published_ones():
     features = analysis.cka_features(model, model.states(model.embed(images())))
     for x, expected in zip(features, golden["rep_catcher_features"], strict=True):
         agrees(x, expected)
-    model = vit.VisionTransformer(**SIZES, global_pool="token")    # its final norm is another
+    model = vit.VisionTransformer(**SIZES, global_pool="token")  # its final norm is another
     torch.nn.init.constant_(model.norm.weight, 2)
     x = torch.randn(2, 17, 48)
     assert torch.equal(analysis.cka_features(model, [x] * 4)[-1], model.norm(x)[:, 1:])
@@ -114,7 +114,7 @@ def test_eq1_distance_and_eq2_entropy_are_zero_if_patches_see_themselves():
     scores = torch.full((1, 1, 17, 17), -1e4).masked_fill(torch.eye(17, dtype=bool), 1e4)
     assert analysis.attention_distance(scores, 4, 16).item() == pytest.approx(0, abs=1e-4)
     assert analysis.attention_entropy(scores).item() == pytest.approx(0, abs=1e-6)
-    neighbors = [q + 1 if q % 2 else q - 1 for q in range(1, 17)]    # the next in the row
+    neighbors = [q + 1 if q % 2 else q - 1 for q in range(1, 17)]  # the next in the row
     scores = scores[:, :, [0, *neighbors]]
     assert analysis.attention_distance(scores, 4, 16).item() == pytest.approx(16)
 
@@ -136,7 +136,7 @@ def test_fig5_measure_gives_the_published_distances_and_entropies():
         found = torch.from_numpy(results["attention"]["a"])
         agrees(found[:, 0] * 14 / 8, golden["analyzer_mean_distance_layer_by_head_factor14"])
         golden_entropy = golden["analyzer_mean_entropy_layer_by_head"]
-        agrees(found[:, 1], golden_entropy, 2e-5)    # theirs adds 1e-6 in the log
+        agrees(found[:, 1], golden_entropy, 2e-5)  # theirs adds 1e-6 in the log
 
 
 @pytest.mark.parametrize("name, shape, grid", [
@@ -154,7 +154,7 @@ def test_fig3_a_wave_is_at_its_own_frequency_and_a_checkerboard_at_pi():
     row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     for k in range(5):
         wave = torch.cos(2 * math.pi * k * (row + column) / 8).reshape(1, 64, 1)
-        noise = 0.01 * normal(1, 64, 1)    # all frequencies: no log of zero
+        noise = 0.01 * normal(1, 64, 1)  # all frequencies: no log of zero
         assert analysis.fourier_log_amplitude(wave.double() + noise, 8).argmax() == k
     with pytest.raises(vit.InputError):
         analysis.fourier_log_amplitude(torch.zeros(1, 9, 1), 3)
@@ -225,7 +225,7 @@ def test_any_model_can_be_the_reference_of_cka(checkpoints, tmp_path):
 
 def test_measure_does_what_is_asked_for_only(checkpoints):
     models = analysis.open_models([f"odd={checkpoints / 'odd.pt'}"], seed=0)
-    batch = torch.randn(2, 3, 12, 12)    # too few for CKA, an odd grid for Fourier
+    batch = torch.randn(2, 3, 12, 12)  # too few for CKA, an odd grid for Fourier
     results = analysis.measure(models, [batch], ["attention"])
     assert results["attention"]["odd"].shape == (2, 2, 12)
     with pytest.raises(vit.InputError, match="at least 4 images"):
@@ -233,7 +233,7 @@ def test_measure_does_what_is_asked_for_only(checkpoints):
 
 
 def test_fig5_dots_are_heads_and_the_line_is_their_mean():
-    statistics = np.arange(12.0).reshape(3, 2, 2) ** 2    # 3 layers; distance, entropy; 2 heads
+    statistics = np.arange(12.0).reshape(3, 2, 2) ** 2  # 3 layers; distance, entropy; 2 heads
     figure = analysis.draw_attention({"a": statistics, "b": statistics + 1})
     for k, axis in enumerate(figure.axes):
         mean, *heads = axis.lines[:3]
@@ -275,7 +275,7 @@ def test_curves_show_every_scalar_of_every_script(tmp_path, capsys):
     lines = [axis for axis in figure.axes if len(axis.lines) == 2][0].lines
     assert [line.get_xydata().tolist() for line in lines] == [[[0.5, 1], [1, 0.5]]] * 2
     assert lines[0].get_color() != lines[1].get_color()
-    (tmp_path / "mae" / "config.json").unlink()    # the log is enough
+    (tmp_path / "mae" / "config.json").unlink()  # the log is enough
     call(analysis, "curves", first, other, "--out", tmp_path)
     assert (tmp_path / "curves.png").exists()
     assert str(tmp_path / "curves.png") in capsys.readouterr().out

@@ -370,10 +370,16 @@ def test_grade_says_why_a_script_cannot_be_imported(text, reason, tmp_path, monk
     assert status == 1 and reason in "\n".join(lines)
 
 
+ENDLESS = """
+def random_masking(*x):
+    while True:
+        pass
+"""
+
+
 @pytest.mark.slow
 def test_grade_stops_what_never_ends(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assignments, "LIMIT", 10)
-    endless = "def random_masking(*x):\n    while True:\n        pass\n"
-    status, lines = graded_copy(5, tmp_path, endless, monkeypatch, capsys)
+    status, lines = graded_copy(5, tmp_path, ENDLESS, monkeypatch, capsys)
     assert status == 1
     assert lines == ["failed: stopped after 10 seconds. Is there a loop that never ends?"]

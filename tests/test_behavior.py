@@ -22,7 +22,8 @@ from conftest import same_state
 import mae
 import vit
 
-TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 6, "--log-every", 1)  # 82 images, 20 steps
+# 82 images, 20 steps
+TINY = ("--fraction", 0.01, "--batch-size", 24, "--epochs", 6, "--log-every", 1)
 TOY_NETWORK = ("--arch", "toy", "--img-size", 32, "--patch-size", 8)
 EXTRA = {  # what a script needs beside TINY
     "mocov3": ("--mlp-dim", 64, "--dim", 32),
@@ -37,7 +38,8 @@ def forked(script, arguments, rank, ranks, port, errors):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    # A shell's background jobs ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     module = importlib.import_module(script)
     module.RANK = rank
     module.LOCAL_RANK = rank
@@ -86,7 +88,7 @@ def children(pid):
 
 
 def hear_ctrl_c():
-    """A shell's background jobs, and what they start, ignore SIGINT: a script under test must not."""
+    """A shell's background jobs, and what they start, ignore SIGINT: a tested script must not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -123,7 +125,8 @@ def no_figures(monkeypatch):
 # ------------------------------------------------------------ exactness
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "detect"])  # detect.py says why
+# detect.py says why it is left out.
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "detect"])
 def test_two_ranks_give_the_run_of_one(script, tmp_path, settings):
     shared = (*settings(script), "--max-steps", 4)
     accum = () if script in ("mocov3", "dino") else ("--accum", 3)
@@ -138,9 +141,10 @@ def test_two_ranks_give_the_run_of_one(script, tmp_path, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, settings):
-    """SIGKILL at a random moment, of a run too long to end before; then some steps, against one run."""
+    """SIGKILL at a random moment, of a run too long to end before; some steps; against one run."""
     shared = (*settings(script), "--epochs", 1000, "--save-minutes", 0)
-    process, = launch(script, *shared, "--max-steps", 10 ** 6, "--workers", 2, "--out", tmp_path / "killed")
+    process, = launch(script, *shared, "--max-steps", 10 ** 6, "--workers", 2,
+                      "--out", tmp_path / "killed")
     wait_for((tmp_path / "killed" / "last.pt").exists, process)
     process.join(np.random.default_rng().uniform(0, 0.3))
     process.kill()
@@ -158,7 +162,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, tmp_path, s
 @pytest.mark.slow
 def test_resume_in_pieces_equals_one_run(tmp_path, capsys):
     call(mae, *TINY, "--out", tmp_path / "whole")
-    call(mae, *TINY, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)  # nothing to resume yet
+    # Nothing to resume yet.
+    call(mae, *TINY, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)
     for _ in range(4):  # the last finds a finished run
         call(mae, "--out", tmp_path / "pieces", "--resume", "--max-steps", 5)
     same_state(tmp_path / "whole", tmp_path / "pieces")
@@ -274,6 +279,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     process = begin("mae.py", *TINY, "--epochs", 1000, "--workers", 2, "--out", tmp_path)
     wait_for(lambda: len(log_of(tmp_path)) > 1, process)
     workers = children(process.pid)
+    assert len(workers) >= 2
     process.kill()
     process.communicate()
     wait_until_dead(workers)
@@ -305,9 +311,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, cap
 
 
 @pytest.mark.parametrize("amp, loss, norm, bad", [
-    ("off", 1.0, 1.0, False), ("off", float("nan"), 1.0, True), ("off", 1.0, float("inf"), True),
-    ("bf16", 1.0, float("nan"), True), ("fp16", float("inf"), 1.0, True), ("fp16", 1.0, float("inf"), False)])
-def test_log_refuses_what_is_not_finite_but_the_steps_that_fp16_skips(amp, loss, norm, bad, tmp_path):
+    ("off", 1.0, 1.0, False),
+    ("off", float("nan"), 1.0, True),
+    ("off", 1.0, float("inf"), True),
+    ("bf16", 1.0, float("nan"), True),
+    ("fp16", float("inf"), 1.0, True),
+    ("fp16", 1.0, float("inf"), False)])
+def test_log_refuses_what_is_not_finite_but_the_steps_that_fp16_skips(
+        amp, loss, norm, bad, tmp_path):
     log = log_for(tmp_path, amp)
     for value in (1.0, loss):
         log.add(loss=torch.tensor(value))
@@ -329,14 +340,18 @@ def test_fp16_whose_gradients_never_fit_ends_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_fp16_with_gradients_that_stay_too_large_does_not_end_as_done(tmp_path, capsys, monkeypatch):
-    target = mae.MaskedAutoencoder.forward
+def test_fp16_with_gradients_that_stay_too_large_does_not_end_as_done(
+        tmp_path, capsys, monkeypatch):
+    forward = mae.MaskedAutoencoder.forward
 
     def exploding(self, *inputs):
-        loss, pred, mask = target(self, *inputs)
-        return loss + 1e38 * (self.decoder_pred.weight.sum() - self.decoder_pred.weight.sum().detach()), pred, mask
+        loss, pred, mask = forward(self, *inputs)
+        weights = self.decoder_pred.weight.sum()
+        zero = weights - weights.detach()  # but its gradient is 1
+        return loss + 1e38 * zero, pred, mask
     monkeypatch.setattr(mae.MaskedAutoencoder, "forward", exploding)
-    line = refused(capsys, mae, *TINY, "--epochs", 60, "--log-every", 20, "--amp", "fp16", "--out", tmp_path)
+    line = refused(capsys, mae, *TINY, "--epochs", 60, "--log-every", 20, "--amp", "fp16",
+                   "--out", tmp_path)
     assert "--amp bf16" in line and not (tmp_path / "last.pt").exists()
 
 
@@ -377,7 +392,8 @@ def test_nan_on_one_of_two_ranks_stops_both(tmp_path):
     script = tmp_path / "nan_on_rank_1.py"
     script.write_text(NAN_ON_RANK_1)
     out = run(script, ROOT, *TINY, "--log-every", 5, "--out", tmp_path / "out", ranks=2, code=1)
-    assert "InputError: not finite, or lost in fp16: {'step': 5" in out and not (tmp_path / "out" / "last.pt").exists()
+    assert "InputError: not finite, or lost in fp16: {'step': 5" in out
+    assert not (tmp_path / "out" / "last.pt").exists()
 
 
 # ------------------------------------------------------------ bad input: one line, exit code 2
@@ -385,7 +401,8 @@ def test_nan_on_one_of_two_ranks_stops_both(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (("--data", "nowhere"), "nowhere: [Errno 2] No such file or directory"),
     (("--data", "cifar10", "--root", "nowhere"), "--data cifar10: Dataset not found"),
-    (("--batch-size", 10, "--accum", 4), "--batch-size 10: not a multiple of 4, ranks x accum x crops"),
+    (("--batch-size", 10, "--accum", 4),
+     "--batch-size 10: not a multiple of 4, ranks x accum x crops"),
     (("--fraction", 0.001), "--batch-size 128: only 10 images, give less"),
     (("--patch-size", 5), "patch size 5 does not divide image size 32"),
     (("--decoder-heads", 5), "5 heads"),
@@ -424,9 +441,10 @@ def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path):
 
 
 def test_help_shows_the_defaults_of_the_preset_that_is_typed(capsys):
-    for words, epochs in ((["--data", "x"], 400), ([], 12), (["--preset", "small", "--epochs", "7"], 400)):
+    typed = ("--data x", 400), ("", 12), ("--preset small --epochs 7", 400)
+    for words, epochs in typed:
         with pytest.raises(SystemExit) as ended:
-            call(mae, *words, "--help")
+            call(mae, *words.split(), "--help")
         shown = " ".join(capsys.readouterr().out.split())
         assert ended.value.code == 0 and f"counting crops (default: {epochs})" in shown
     assert "(default: 32)" in shown and "toy, cifar10" in shown
@@ -442,16 +460,19 @@ def test_resume_takes_the_settings_of_the_run_and_names_all_that_differ(tmp_path
     line = refused(capsys, mae, "--seed", 1, "--mask-ratio", 0.25, "--out", tmp_path, "--resume")
     assert "--seed was 0, now 1" in line and "--mask-ratio was 0.5, now 0.25" in line
     call(mae, "--out", tmp_path, "--resume", "--max-steps", 1)
-    call(mae, "--out", tmp_path, "--resume", "--max-steps", 1, "--accum", 2, "--workers", 1, "--log-every", 3)
+    call(mae, "--out", tmp_path, "--resume", "--max-steps", 1, "--accum", 2, "--workers", 1,
+         "--log-every", 3)
     assert [entry["step"] for entry in log_of(tmp_path)] == [1, 2, 3]
 
 
 def test_resume_refuses_a_file_that_is_no_checkpoint_or_another_scripts(tmp_path, capsys):
     import simmim
     call(mae, *TINY, "--max-steps", 1, "--out", tmp_path)
-    assert "--decoder-dim was 96, now None" in refused(capsys, simmim, "--out", tmp_path, "--resume")
+    line = refused(capsys, simmim, "--out", tmp_path, "--resume")
+    assert "--decoder-dim was 96, now None" in line
     (tmp_path / "last.pt").write_text("hello")
-    assert "last.pt: not a PyTorch checkpoint" in refused(capsys, mae, "--out", tmp_path, "--resume")
+    line = refused(capsys, mae, "--out", tmp_path, "--resume")
+    assert "last.pt: not a PyTorch checkpoint" in line
 
 
 def test_resume_refuses_another_number_of_images(image_folder, tmp_path, capsys):
@@ -465,13 +486,15 @@ def test_resume_refuses_another_number_of_images(image_folder, tmp_path, capsys)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers, ranks", [(0, 1), (2, 1), (2, 2)])
-def test_a_broken_image_is_named_also_from_workers_and_ranks(image_folder, tmp_path, workers, ranks):
+def test_a_broken_image_is_named_also_from_workers_and_ranks(
+        image_folder, tmp_path, workers, ranks):
     shutil.copytree(image_folder, tmp_path / "data")
     broken = tmp_path / "data" / "train" / "boat" / "7.jpg"
     broken.write_bytes(broken.read_bytes()[:500])
-    out = run("mae.py", *TOY_NETWORK, "--data", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1,
-              "--batch-size", 12, "--warmup-epochs", 0, "--workers", workers, ranks=ranks,
-              code=2 if ranks == 1 else 1)  # torchrun itself exits with 1
+    code = 2 if ranks == 1 else 1  # torchrun itself exits with 1
+    out = run("mae.py", *TOY_NETWORK, "--data", tmp_path / "data", "--out", tmp_path / "out",
+              "--epochs", 1, "--batch-size", 12, "--warmup-epochs", 0, "--workers", workers,
+              ranks=ranks, code=code)
     assert f"error: {broken}: unreadable image (" in out
     assert ranks > 1 or "Traceback" not in out
 
@@ -554,9 +577,10 @@ runpy.run_module("mae", run_name="__main__")
 def test_ctrl_c_during_a_download_ends_it_at_once(server, tmp_path):
     script = tmp_path / "download.py"
     script.write_text(DOWNLOAD)
-    process = begin(script, ROOT, server, "--data", "cifar10", "--download", "--root", tmp_path / "root",
+    root = tmp_path / "root"
+    process = begin(script, ROOT, server, "--data", "cifar10", "--download", "--root", root,
                     "--out", tmp_path / "out", preexec_fn=hear_ctrl_c)
-    wait_for(lambda: list((tmp_path / "root").glob("*")) if (tmp_path / "root").exists() else False, process)
+    wait_for(lambda: root.exists() and list(root.iterdir()), process)
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err, err

@@ -1,9 +1,10 @@
-"""Images and samples: what lies in a folder is trained on; sample v follows from (seed, v) alone."""
+"""Images and samples: what lies in a folder is trained on; seed and v alone decide on sample v."""
 import hashlib
 import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +34,10 @@ def folder_with(root, *names):
 # ------------------------------------------------------------ arguments
 
 def test_parse_takes_the_preset_by_data_and_typed_arguments_win():
-    for argv, preset, size in ((("--data", "toy"), "toy", 32), (("--data", "cifar100"), "small", 32), (("--data", "x"), "photos", 224)):
-        assert (arguments(*argv).preset, arguments(*argv).img_size) == (preset, size)
+    presets = ("toy", "toy", 32), ("cifar100", "small", 32), ("x", "photos", 224)
+    for data, preset, size in presets:
+        args = arguments("--data", data)
+        assert (args.preset, args.img_size) == (preset, size)
     args = arguments("--data", "x", "--preset", "small", "--epochs", 7, "--no-norm-pix-loss")
     assert (args.arch, args.epochs, args.batch_size, args.norm_pix_loss) == ("tiny", 7, 512, False)
 
@@ -69,7 +72,7 @@ def test_open_data_takes_a_folder_without_classes_or_splits(image_folder):
     args = arguments("--data", image_folder / "train" / "bird")
     data = mae.open_data(args, train=True)
     assert len(data) == 12 and set(data.targets) == {0} and data.classes == [""]
-    assert len(mae.open_data(args, train=False)) == 12    # figures show training images
+    assert len(mae.open_data(args, train=False)) == 12  # figures show training images
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "test"])
@@ -96,11 +99,13 @@ def test_loose_images_beside_class_folders_are_counted_as_a_class(tmp_path):
     root = folder_with(tmp_path, "train/cat/1.png", "train/dog/deep/2.png", "train/3.png")
     data = mae.open_data(arguments("--data", root), train=True)
     assert data.classes == ["", "cat", "dog"]
-    assert sorted(os.fsdecode(path) for path in data.paths) == ["3.png", "cat/1.png", "dog/deep/2.png"]
+    paths = sorted(os.fsdecode(path) for path in data.paths)
+    assert paths == ["3.png", "cat/1.png", "dog/deep/2.png"]
     assert [data[i][1] for i in range(3)] == data.targets.tolist()
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "jfif", "jp2", "png", "bmp", "gif", "webp", "tif", "tiff"])
+@pytest.mark.parametrize("suffix", [
+    "jpg", "JPEG", "jfif", "jp2", "png", "bmp", "gif", "webp", "tif", "tiff"])
 def test_every_usual_kind_of_image_is_read(suffix, tmp_path):
     formats = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
     image = Image.new("RGB", (9, 7), (200, 100, 50))
@@ -114,7 +119,8 @@ def test_other_files_are_counted_not_silently_skipped(tmp_path, capsys):
     for name in ("a/notes.txt", "b/list.csv", "readme.md"):
         (root / name).write_text("hello")
     mae.open_data(arguments("--data", root), train=True)
-    assert f"training: 2 images of 2 classes from {root}, 3 other files skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"training: 2 images of 2 classes from {root}, 3 other files skipped" in said
 
 
 def test_paths_are_one_array_that_workers_share(tmp_path):
@@ -153,7 +159,8 @@ def test_open_data_without_images_names_the_folder(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK", "LA"])
 def test_images_of_every_mode_become_rgb(mode, tmp_path):
-    Image.new("RGB", (9, 7), (200, 100, 50)).convert(mode).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    Image.new("RGB", (9, 7), (200, 100, 50)).convert(mode).save(tmp_path / name)
     image, _ = mae.open_data(arguments("--data", tmp_path), train=True)[0]
     assert image.shape == (3, 7, 9) and image.dtype == torch.uint8
     if mode in ("RGB", "RGBA", "P", "CMYK"):
@@ -161,27 +168,31 @@ def test_images_of_every_mode_become_rgb(mode, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, reason", [
-    ("empty.jpg", b"", "cannot identify image file"), ("text.png", b"hello", "cannot identify image file"),
-    (b"caf\xe9.jpg", b"", "unreadable image"), ("deep.png", None, "more than 8 bits")])
+    ("empty.jpg", b"", "cannot identify image file"),
+    ("text.png", b"hello", "cannot identify image file"),
+    (b"caf\xe9.jpg", b"", "unreadable image"),
+    ("deep.png", None, "more than 8 bits")])
 def test_images_that_cannot_be_read_are_named(name, content, reason, tmp_path):
     path = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
     if content is None:
         Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(os.fsdecode(path))
     else:
-        open(path, "wb").write(content)
+        Path(os.fsdecode(path)).write_bytes(content)
     with pytest.raises(vit.InputError, match=reason) as error:
-        mae.open_data(arguments("--data", tmp_path), train=True)[0]
+        image, _ = mae.open_data(arguments("--data", tmp_path), train=True)[0]
     assert os.fsdecode(name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_images_with_names_that_are_not_utf8_are_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"))
-    assert mae.open_data(arguments("--data", tmp_path), train=True)[0][0].shape == (3, 8, 8)
+    image, _ = mae.open_data(arguments("--data", tmp_path), train=True)[0]
+    assert image.shape == (3, 8, 8)
 
 
 def test_open_data_reads_cifar_through_torchvision(tmp_path, monkeypatch):
-    folder, cifar = tmp_path / "cifar-10-batches-py", torchvision.datasets.CIFAR10
+    folder = tmp_path / "cifar-10-batches-py"
+    cifar = torchvision.datasets.CIFAR10
     folder.mkdir()
     for name, count in [(f"data_batch_{i}", 2) for i in range(1, 6)] + [("test_batch", 3)]:
         content = {"data": np.full((count, 3072), 7, np.uint8), "labels": [1] * count}
@@ -194,7 +205,9 @@ def test_open_data_reads_cifar_through_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "test_list", [[name, digest(name)] for name, _ in cifar.test_list])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": digest("batches.meta")})
     data = mae.open_data(arguments("--data", "cifar10", "--root", tmp_path), train=True)
-    assert len(data) == 10 and data[0][0].shape == (3, 32, 32) and data[0][1] == 1 and len(data.classes) == 10
+    image, label = data[0]
+    assert image.shape == (3, 32, 32) and label == 1
+    assert len(data) == 10 and len(data.classes) == 10
 
 
 def test_fraction_keeps_a_class_balanced_share():
@@ -213,9 +226,10 @@ def test_long_tail_has_the_shape_of_imagenet_lt():
 
 def test_center_crop_resizes_to_256_crops_224():
     image = torch.arange(300, dtype=torch.uint8).repeat(3, 400, 1)[:, :, :300]
-    expected = v2.functional.center_crop(v2.functional.resize(image, 256, v2.InterpolationMode.BICUBIC), 224)
-    assert torch.equal(mae.center_crop(image, 224), expected)
-    assert mae.center_crop(image[:, :32, :32], 32) .equal(image[:, :32, :32])
+    resized = v2.functional.resize(image, 256, v2.InterpolationMode.BICUBIC)
+    assert torch.equal(mae.center_crop(image, 224), v2.functional.center_crop(resized, 224))
+    small = image[:, :32, :32]
+    assert torch.equal(mae.center_crop(small, 32), small)
 
 
 # ------------------------------------------------------------ samples
@@ -227,7 +241,7 @@ def test_sample_v_depends_on_seed_and_v_alone():
     second = mae.Samples(data, args)
     in_order = [first[v] for v in range(100)]
     for v in (99, 3, 42):
-        torch.rand(v)    # other random numbers drawn meanwhile
+        torch.rand(v)  # other random numbers drawn meanwhile
         for a, b in zip(second[v], in_order[v]):
             assert torch.equal(a, b)
     crops, noise = in_order[0]
@@ -248,6 +262,15 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     assert sorted(first) == sorted(second) == list(range(50)) and first != second
 
 
+def nothing(*args, **kw):
+    """In place of what ranks do together."""
+
+
+def same(model):
+    """In place of DistributedDataParallel."""
+    return model
+
+
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 3), (3, 2), (2, 1)])
 def test_ranks_and_micro_batches_partition_each_step(world, accum, monkeypatch, tmp_path):
     """The numbers that DataLoader is given by `train`, for each rank."""
@@ -259,15 +282,17 @@ def test_ranks_and_micro_batches_partition_each_step(world, accum, monkeypatch, 
             raise vit.InputError("seen")
     monkeypatch.setattr(mae, "DataLoader", Loader)
     monkeypatch.setattr(mae, "WORLD", world)
-    monkeypatch.setattr(mae.dist, "init_process_group", lambda *args, **kw: None)
-    monkeypatch.setattr(mae.dist, "all_gather_object", lambda found, own: None)
-    monkeypatch.setattr(mae.nn.parallel, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(mae.dist, "init_process_group", nothing)
+    monkeypatch.setattr(mae.dist, "all_gather_object", nothing)
+    monkeypatch.setattr(mae.atexit, "register", nothing)
+    monkeypatch.setattr(mae.nn.parallel, "DistributedDataParallel", same)
     for rank in range(world):
         monkeypatch.setattr(mae, "RANK", rank)
-        monkeypatch.setattr(mae.sys, "stdout", mae.sys.stdout)    # ranks redirect it
+        monkeypatch.setattr(mae.sys, "stdout", mae.sys.stdout)  # ranks redirect it
+        words = ["--fraction", "0.01", "--batch-size", "12", "--accum", str(accum),
+                 "--epochs", "2", "--out", str(tmp_path / str(rank))]
         with pytest.raises(vit.InputError, match="seen"):
-            mae.main(["--fraction", "0.01", "--batch-size", "12", "--accum", str(accum), "--epochs", "2",
-                      "--out", str(tmp_path / str(rank))])
+            mae.main(words)
     for step in range(3):
         numbers = []
         for size, mine in asked.values():

@@ -172,7 +172,7 @@ def loaded(path, *arguments):
 
 def test_distill_blocks_count_from_1_and_match_by_relative_depth(tmp_path):
     same = save_teacher(tmp_path / "same.pt")
-    assert loaded(same) == ([5], [5])    # the last
+    assert loaded(same) == ([5], [5])  # the last
     assert loaded(same, "--distill-blocks", "2,4") == ([1, 3], [1, 3])
     assert loaded(same, "--distill-blocks", "all") == ([0, 1, 2, 3, 4, 5],) * 2
     deeper = save_teacher(tmp_path / "deeper.pt", depth=12)
@@ -264,16 +264,16 @@ def test_figure_shows_the_attention_that_its_rows_name(tmp_path, monkeypatch):
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == ["image", "teacher", "M student", "student"]
 
-    pixels = axis.images[0].get_array()    # cells of 32 pixels, with 2 between them
+    pixels = axis.images[0].get_array()  # cells of 32 pixels, with 2 between them
     assert (pixels[2:34, 36:68] == examples[1].permute(1, 2, 0).numpy()).all()
     inputs = (examples - vit.MEAN) / vit.STD
     block = student.encoder.blocks[1]
     states = list(student.encoder.states(student.encoder.embed(inputs)))
     scores = block.attn.scores(block.norm1(states[1]))
     mapped = torch.einsum("ts,bsij->btij", student.head_maps[0].weight, scores)
-    own = teacher(inputs, 0, torch.arange(16.0).expand(3, -1))[0]    # all patches, in their order
+    own = teacher(inputs, 0, torch.arange(16.0).expand(3, -1))[0]  # all patches, in their order
     for row, expected in enumerate((own, mapped, scores), 1):
-        attention = expected.softmax(dim=-1)[1, :, 0, 1:].mean(dim=0)    # of the second image
+        attention = expected.softmax(dim=-1)[1, :, 0, 1:].mean(dim=0)  # of the second image
         shares = (attention / attention.max()).view(4, 4)
         top = 2 + 34 * row
         shown = torch.from_numpy(pixels[top + 4:top + 32:8, 40:68:8].astype(int))

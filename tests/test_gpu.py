@@ -1,8 +1,9 @@
-"""On a GPU: `TEST_GPU=1 python -m pytest tests/test_gpu.py`. Skipped elsewhere: other tests hide it.
+"""On a GPU: `TEST_GPU=1 python -m pytest tests/test_gpu.py`. Other tests hide it: skipped there.
 
 Tests whose names begin with `test_values` compare numbers; a simulated device has none.
 """
 import importlib
+import json
 import os
 
 import numpy as np
@@ -32,7 +33,8 @@ def train(tmp_path):
         module = importlib.import_module(script)
         words = SMALL.get(script, ())
         if script != "detect":
-            words = ("--fraction", 0.05, "--batch-size", 32, "--epochs", 4, "--warmup-epochs", 1, *words)
+            words = ("--fraction", 0.05, "--batch-size", 32, "--epochs", 4, "--warmup-epochs", 1,
+                     *words)
         if script == "distill":
             words = (*words, "--teacher", tmp_path / "teacher.pt")
         call(module, *words, "--max-steps", steps, "--log-every", 1, "--workers", 1,
@@ -79,7 +81,12 @@ def test_no_step_between_two_lines_of_the_log_waits_for_the_device(script, train
 @pytest.mark.parametrize("mode", ["knn", "linear"])
 def test_evaluations_of_finetune_run(mode, train, tmp_path):
     train("mae", "mae")
-    train("finetune", "other", "--mode", mode, "--init", tmp_path / "mae" / "last.pt")
+    losses = train("finetune", "other", "--mode", mode, "--init", tmp_path / "mae" / "last.pt")
+    if mode == "knn":
+        result = json.loads((tmp_path / "other" / "knn.json").read_text())
+        assert 0 < result["top1"] <= result["top5"] <= 100
+    else:
+        assert len(losses) == 4 and np.isfinite(losses).all()
 
 
 @pytest.mark.skipif(GPUS < 2, reason="one GPU")
@@ -91,7 +98,8 @@ def test_two_gpus_train_together(script, tmp_path):
         words = ("--fraction", 0.05, "--batch-size", 32, *words)
     if script == "distill":
         words = (*words, "--teacher", tmp_path / "teacher.pt")
-    run(f"{script}.py", *words, "--max-steps", 2, "--log-every", 1, "--out", tmp_path / "run", ranks=2)
+    run(f"{script}.py", *words, "--max-steps", 2, "--log-every", 1, "--out", tmp_path / "run",
+        ranks=2)
     assert len([entry for entry in log_of(tmp_path / "run") if "loss" in entry]) == 2
 
 

@@ -1,10 +1,11 @@
-"""The house: scripts share vit.py and nothing else; plumbing is one text by name; six packages."""
+"""The house: scripts share vit.py only; plumbing is one text by name; tests check something."""
 import ast
 import re
 import subprocess
 import sys
 
 import pytest
+from assertions import unchecked
 from conftest import ROOT
 from plumbing import SCRIPTS, plumbing
 
@@ -60,3 +61,41 @@ def test_scripts_import_vit_and_five_packages(script):
 def test_requirements_are_six_packages():
     lines = [line.split(">")[0] for line in (ROOT / "requirements.txt").read_text().split()]
     assert sorted(lines) == ["matplotlib", "numpy", "pytest", "torch", "torchvision", "tqdm"]
+
+
+# ------------------------------------------------------------ tests
+
+MADE_UP = """
+def helper(x):
+    assert x
+
+@pytest.fixture
+def fixture():
+    helper(1)
+
+def test_helper():
+    helper(1)
+
+def test_fixture(fixture):
+    pass
+
+def test_raises():
+    with pytest.raises(KeyError):
+        {}["key"]
+
+def test_nothing():
+    pass
+
+def test_other_helper(other):
+    other.helper()
+"""
+
+
+def test_every_test_checks_something():
+    paths = (ROOT / "tests").glob("*.py")
+    assert unchecked({path.stem: path.read_text() for path in paths}) == []
+
+
+def test_a_made_up_test_that_checks_nothing_is_found():
+    found = unchecked({"test_made_up": MADE_UP})
+    assert found == [("test_made_up", "test_nothing"), ("test_made_up", "test_other_helper")]

@@ -380,7 +380,8 @@ def test_init_starts_both_encoders_from_the_file(tmp_path, capsys):
     torch.save(toy_encoder("token").state_dict(), tmp_path / "start.pt")
     run = ("--out", tmp_path / "run", *TINY, "--max-steps", 1)
     call(mocov3, *run, "--init", tmp_path / "start.pt")
-    assert "--init" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"--init {tmp_path / 'start.pt'}: randomly initialized: " in said
     old = torch.load(tmp_path / "start.pt", weights_only=True)
     new = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     key = "blocks.0.attn.qkv.weight"

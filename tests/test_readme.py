@@ -54,7 +54,8 @@ def tiny(script, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [pytest.param(line, id=line[:60]) for line in dict.fromkeys(COMMANDS)])
+@pytest.mark.parametrize("command", [
+    pytest.param(line, id=line[:60]) for line in dict.fromkeys(COMMANDS)])
 def test_readme_command_runs(command, workplace, monkeypatch, tmp_path):
     words = shlex.split(command)
     name = [word for word in words if word.endswith(".py")][0]
@@ -65,9 +66,12 @@ def test_readme_command_runs(command, workplace, monkeypatch, tmp_path):
         if figure.startswith("draw_") and script != "analysis":
             monkeypatch.setattr(module, figure, no_figure)
     arguments = tiny(script, words[words.index(name) + 1:])
+    out = workplace / "runs" / "mae"
     if "--resume" not in words:
-        arguments += ["--out", str(tmp_path / "out")]
+        out = tmp_path / "out"
+        arguments += ["--out", str(out)]
     call(module, *arguments)
+    assert list(out.glob("*.json*"))  # the log, the result or an analysis
 
 
 def no_figure(*args, **kw):
@@ -92,12 +96,16 @@ def test_readme_python_block_runs(workplace, monkeypatch, capsys):
 
 def test_readme_figures_exist_and_have_a_text():
     for page in ("README.md", "docs/study.md"):
-        for label, path in re.findall(r"!\[(.*?)\]\((.*?)\)", (ROOT / page).read_text()):
+        figures = re.findall(r"!\[(.*?)\]\((.*?)\)", (ROOT / page).read_text())
+        assert figures
+        for label, path in figures:
             assert label and ((ROOT / page).parent / path).stat().st_size > 5000, path
 
 
 def test_readme_links_to_files_and_to_lines_that_hold_their_text():
-    for text, path, line in re.findall(r"\[([^\]]*)\]\(([\w/.-]+)(?:#L(\d+))?\)", README):
+    links = re.findall(r"\[([^\]]*)\]\(([\w/.-]+)(?:#L(\d+))?\)", README)
+    assert any(line for _, _, line in links)
+    for text, path, line in links:
         assert (ROOT / path).exists(), path
         if line:
             assert text.strip("`") in (ROOT / path).read_text().splitlines()[int(line) - 1], text
@@ -119,6 +127,7 @@ def test_readme_says_how_far_to_read(script):
     if script == "vit":
         last = [i for i, line in enumerate(lines) if line.endswith("- weights")][0]
     else:
-        ends = {node.name: node.end_lineno for node in ast.parse(text).body if hasattr(node, "name")}
-        last = ends["fourier_log_amplitude" if script == "analysis" else "train"]
+        name = "fourier_log_amplitude" if script == "analysis" else "train"
+        last = [node.end_lineno for node in ast.parse(text).body
+                if getattr(node, "name", "") == name][0]
     assert f"| {last} |" in row
