@@ -2,8 +2,9 @@
 
 Large (global) and small (local) crops of an image must give the same distribution over d outputs.
 The student sees all crops. The teacher, its slowly moving average, sees the global ones and gives
-the target; it is what is kept. Both could settle on the same output for all images: the center and
-the low temperature of the teacher prevent that. The recipe is the authors', for larger networks.
+the target; it is used afterwards. Both could give the same output for all images: a low temperature
+T_t and subtracting the center, a running mean of outputs t of the teacher, prevent that. The recipe
+is the authors', for larger networks.
 
     loss = mean over pairs of crops, -sum softmax((t - center) / T_t) log softmax(s / T_s)  (Eq. 3)
 
@@ -13,7 +14,7 @@ the low temperature of the teacher prevent that. The recipe is the authors', for
     torchrun --nproc_per_node=8 dino.py --data DIR  # 100 epochs, batch 512
 
 Results in --out: config.json, log.jsonl, last.pt, curves.png, attention.png. --resume continues it.
-Shapes: B images on this rank, V local crops, S and s sides of global and local crops, d outputs.
+Shapes: B images on this rank, V local crops, S and S' sides of global and local crops, d outputs.
 """
 import argparse
 import atexit
@@ -46,11 +47,11 @@ import vit
 def dino_loss(student, teacher, center, student_temp, teacher_temp):
     """Cross entropy of teacher and student on different crops: a scalar, this rank's mean (Eq. 3).
 
-    student `((2 + V) B, d)`, teacher `(2B, d)`, center `(1, d)`, float32 also with --amp. Rows are
-    in the order of crops: first global crop of all B images, second, then the local crops.
+    student `((2 + V) B, d)`, teacher `(2B, d)`, center `(1, d)`; float32 inside, also with --amp.
+    Rows: first global crop of all B images, then the second, then the local crops.
     """
     targets = ((teacher - center) / teacher_temp).softmax(dim=1).chunk(2)  # (B, d) each
-    outputs = (student.to(center.dtype) / student_temp).split(len(targets[0]))
+    outputs = (student.to(center.dtype) / student_temp).split(len(targets[0]))  # 2 + V of (B, d)
     losses = []
     for i, target in enumerate(targets):
         for j, output in enumerate(outputs):
@@ -93,22 +94,22 @@ class DINO(nn.Module):
         self.center.lerp_(mean, 0.1)
 
     def forward(self, global_crops, local_crops):
-        """Crops `(B, 2, 3, S, S)` and `(B, V, 3, s, s)` -> loss (scalar); then moves the center.
+        """Crops `(B, 2, 3, S, S)` and `(B, V, 3, S', S')` -> loss (scalar); then moves the center.
 
         Sets `monitors`, collapse indicators, detached scalars of this rank: `entropy` of the
         targets, `kl` from target to student (the rest of the loss), `token_spread`, the `spread` of
         the teacher's class tokens. Collapse: kl 0, entropy 0 or log d.
         """
         global_crops = global_crops.transpose(0, 1).flatten(0, 1)  # (2B, 3, S, S), crop by crop
-        local_crops = local_crops.transpose(0, 1).flatten(0, 1)
+        local_crops = local_crops.transpose(0, 1).flatten(0, 1)  # (V B, 3, S', S')
         student = torch.cat([self.student(global_crops), self.student(local_crops)])
         with torch.no_grad():
             tokens = self.teacher.pool(self.teacher.encode(self.teacher.embed(global_crops)))
             teacher = self.teacher.head(tokens)
         loss = dino_loss(student, teacher, self.center, self.temperature, self.teacher_temp)
-        logits = (teacher - self.center) / self.teacher_temp  # before the center moves
-        self.update_center(teacher)
+        logits = (teacher - self.center) / self.teacher_temp
         entropy = F.cross_entropy(logits, logits.softmax(dim=1))
+        self.update_center(teacher)
         self.monitors = {
             "entropy": entropy, "kl": loss.detach() - entropy, "token_spread": spread(tokens)}
         return loss
@@ -127,7 +128,7 @@ def projector(dim, hidden_dim, bottleneck, out_dim):  # without BatchNorm (App. 
         Cosines(bottleneck, out_dim, bias=False))
 
 
-class Cosines(nn.Linear):  # of rows of x and of the weight: all norms are 1 (weight norm)
+class Cosines(nn.Linear):  # weight norm: rows of x and of the weight have norm 1
     def forward(self, x):
         return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
@@ -150,29 +151,29 @@ def settings(parser):
     add("--local-size", type=count, default=96, help="side of the local crops in pixels")
     add("--local-crops", type=count, default=8, help="local crops of an image")
     add("--patch-size", type=count, default=16, help="patch side in pixels")
-    add("--out-dim", type=count, default=65536, help="outputs of the projector, d")
+    add("--out-dim", type=count, default=65536, help="outputs d")
     add("--hidden-dim", type=count, default=2048, help="hidden width of the projector")
     add("--temperature", type=amount, default=0.1, help="T_s, divides the student's outputs")
     add("--teacher-temp", type=amount, default=0.04, help="T_t, divides the teacher's outputs")
     add("--momentum", type=share, default=0.996, help="m at first; a cosine raises it to 1")
-    add("--min-crop", type=share, default=0.4, help="smallest global, largest local crop")
+    add("--min-crop", type=share, default=0.4, help="smallest global = largest local crop")
     add("--local-min-crop", type=share, default=0.05, help="smallest crop, share of the area")
     add("--saturation", type=share, default=0.2, help="largest change of saturation")
     add("--hue", type=share, default=0.1, help="largest change of hue, 0.5 is any hue")
     add("--gray", type=share, default=0.2, help="share of gray crops")
-    add("--blur-sigma", type=amount, default=2.0, help="largest blur in pixels, from 0.1")
+    add("--blur-sigma", type=amount, default=2.0, help="largest sigma of the blur, from 0.1")
     add("--epochs", type=amount, default=100, help="passes over the images")
     add("--warmup-epochs", type=amount, default=10, help="epochs of rising learning rate")
     add("--batch-size", type=count, default=512, help="images in an update")
     add("--base-lr", type=amount, default=5e-4, help="learning rate per 256 images")
     add("--weight-decay", type=amount, default=0.04, help="at first; not on biases and norms")
-    add("--weight-decay-end", type=amount, default=0.4, help="to which a cosine raises it")
+    add("--weight-decay-end", type=amount, default=0.4, help="at the end, by a cosine")
     add("--clip-grad", type=amount, default=3.0, help="largest norm of each tensor's gradient")
-    add("--init", help="start from the encoder, and the head if it fits")
+    add("--init", help="start from the encoder in this file, and its head")
 
 
-# What differs from the recipe above. A toy image has few colors, by which its crops would find each
-# other at once: strong changes of saturation and hue leave the shape to look at.
+# What differs from the recipe above. A toy image has few colors: crops could be matched by color
+# alone. Strong changes of saturation and hue leave only the shape.
 PRESETS = {
     "photos": {},
     "small": dict(img_size=32, local_size=16, local_crops=6, patch_size=4, out_dim=4096,
@@ -184,7 +185,7 @@ PRESETS = {
 
 
 class Samples(Dataset):
-    """Sample v: crops `(2, 3, S, S)` and `(V, 3, s, s)`, uint8; they follow from (seed, v)."""
+    """Sample v: crops `(2, 3, S, S)` and `(V, 3, S', S')`, uint8, drawn from (seed, v)."""
 
     def __init__(self, data, args):
         self.data = data
@@ -204,7 +205,7 @@ class Samples(Dataset):
         return torch.stack([first, second]), torch.stack(local_crops)
 
     def change(self, image, blur, solarize):
-        """Random changes of a crop, as in BYOL; two of the probabilities differ."""
+        """Random changes of a crop, as in BYOL; `blur` and `solarize` are probabilities."""
         image = image / 255  # float32: jitter is faster than on uint8
         if torch.rand(1) < 0.8:
             image = self.jitter(image)
@@ -220,7 +221,7 @@ class Samples(Dataset):
 
 
 def random_blur(image, largest):
-    """Gaussian blur along one axis, then the other: as in two dimensions, but faster."""
+    """Gaussian blur along one axis, then the other: equal to a 2-D blur, but faster."""
     sigma = 0.1 + (largest - 0.1) * torch.rand(1).item()
     kernel = 2 * math.ceil(3 * sigma) + 1  # three standard deviations to each side
     image = v2.functional.gaussian_blur(image, [kernel, 1], [sigma, sigma])
@@ -231,14 +232,14 @@ def train(args):
     device = setup(args)
     data = open_data(args, train=True)
     validation = open_data(args, train=False)
-    chosen = range(0, len(validation), 1 + len(validation) // 6)
+    chosen = range(0, len(validation), math.ceil(len(validation) / 6))
     examples = torch.stack([center_crop(validation[i][0], 2 * args.img_size) for i in chosen])
     mean, std = vit.MEAN.to(device), vit.STD.to(device)
 
     torch.manual_seed(args.seed)
     encoder_fn = functools.partial(vit.ARCHS[args.arch], args.img_size, args.patch_size)
-    sizes = args.out_dim, args.hidden_dim
-    model = DINO(encoder_fn, *sizes, args.temperature, args.teacher_temp).to(device)
+    model = DINO(encoder_fn, args.out_dim, args.hidden_dim, args.temperature, args.teacher_temp)
+    model.to(device)
     if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(model.student, args.init)}")
         model.teacher.load_state_dict(model.student.state_dict())
@@ -250,7 +251,7 @@ def train(args):
     done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
     if args.compile:  # not the center, where ranks communicate
         for block in [*model.student.blocks, *model.teacher.blocks]:
-            block.compile(dynamic=False)  # for global and for local crops
+            block.compile(dynamic=False)  # once for each size of crops
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
@@ -258,14 +259,14 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size  # the first step has samples 0 to B - 1
+    B = args.batch_size  # of all ranks; the first step has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
         pin_memory=torch.cuda.is_available()))
     last_save = time.time()
     for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
-        lr = learning_rate(step - 1, steps, warmup, args.base_lr * args.batch_size / 256, 1e-6)
+        lr = learning_rate(step - 1, steps, warmup, args.base_lr * B / 256, min_lr=1e-6)
         decay = cosine(step - 1, steps, args.weight_decay, args.weight_decay_end)
         momentum = cosine(step - 1, steps, args.momentum, 1.0)
         for group in optimizer.param_groups:
@@ -278,7 +279,7 @@ def train(args):
         scaler.scale(loss).backward()
         log.add(loss=loss, **model.monitors)
         scaler.unscale_(optimizer)
-        grad_norm = clip_each(parameters, args.clip_grad).norm()
+        grad_norm = clip_each(parameters, args.clip_grad or math.inf).norm()
         if (step - 1) * args.batch_size < len(data):  # epoch 0: freeze the last layer, steadier
             model.student.head[-1].weight.grad = None
         scaler.step(optimizer)
@@ -308,17 +309,17 @@ def draw_curves(args):
     for axis, name in zip(figure.subplots(1, 4), ("loss", "entropy", "kl", "token_spread")):
         values = [entry[name] for entry in log]
         axis.plot([entry["epoch"] for entry in log], values)
-        axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, 1.1 * max(values)))
+        axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, max(values) + 0.1))
     figure.suptitle(f"DINO {args.arch} on {args.data}")
     figure.savefig(args.out / "curves.png")
 
 
 def draw_attention(args, encoder, examples, mean, std):
-    """attention.png: where class tokens look in the last block; large images make finer maps."""
+    """attention.png: attention of the class token in the last block, at twice the image size."""
     images = (examples.to(mean.device) - mean) / std
     maps = vit.attention_maps(encoder, images, [len(encoder.blocks) - 1])  # (1, B, h, N, N)
     side = 2 * encoder.grid
-    maps = maps[0, :, :, 0, 1:].unflatten(2, (side, side)).cpu().numpy()
+    maps = maps[0, :, :, 0, 1:].unflatten(2, (side, side)).cpu().numpy()  # (B, h, side, side)
     figure = Figure((13, len(images) + 0.5), layout="tight")
     axes = figure.subplots(len(images), 13, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for i, image in enumerate(examples):
@@ -636,7 +637,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try bf16, --clip-grad 1")
+            raise vit.InputError(f"not finite, or overflow: {entry}; try --amp bf16, --clip-grad 1")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
         entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}

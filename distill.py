@@ -1,13 +1,13 @@
 """Distilled MAE: while it fills in images, a small network imitates the attention of its teacher.
 
-The teacher, a frozen pre-trained encoder, sees the same N tokens as the student's encoder. M, a
-learned matrix, maps the student's h' heads to the teacher's h. Read `diff mae.py distill.py`.
+The teacher, a frozen pre-trained encoder, sees the same n patches and class token, N tokens, as the
+student's. M, learned, maps its h' heads to the teacher's h heads. Read `diff mae.py distill.py`.
 Recipe: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023).
 
     loss = mean over removed patches of (prediction - pixels normalized within the patch)^2
            + mean of (A_teacher - M A_student)^2, A = q k^T / sqrt(d)   (Eq. 3)
 
-    python mae.py && python distill.py --teacher runs/mae/last.pt  # a laptop; GPUs: as mae.py
+    python mae.py && python distill.py --teacher runs/mae/last.pt  # paper: ViT-Base
 
 Results in --out: config.json, log.jsonl, last.pt, attention.png. --resume continues it.
 Shapes: B images, L patches, D width, p patch size, S image size.
@@ -74,11 +74,11 @@ class MaskedAutoencoder(nn.Module):
     """An encoder of the visible patches, a decoder that predicts the removed (MAE, Sec. 3)."""
 
     def __init__(self, encoder, decoder_dim=96, decoder_depth=1, decoder_heads=3,
-                 norm_pix_loss=True, blocks=(), teacher_heads=12):
+                 norm_pix_loss=True, layers=(), teacher_heads=12):
         super().__init__()
-        self.blocks = blocks  # those that are distilled, counted from 0
+        self.layers = layers  # numbers of the distilled blocks, from 0
         heads = encoder.blocks[0].attn.num_heads
-        self.head_maps = nn.ModuleList(nn.Linear(heads, teacher_heads, bias=False) for _ in blocks)
+        self.head_maps = nn.ModuleList(nn.Linear(heads, teacher_heads, bias=False) for _ in layers)
         if encoder.global_pool == "avg":  # vit.py's default; here every token is normalized
             encoder.norm = encoder.fc_norm
             encoder.fc_norm = nn.Identity()
@@ -120,7 +120,7 @@ class MaskedAutoencoder(nn.Module):
         return (target - mean) / (var + 1e-6).sqrt()
 
     def forward(self, images, mask_ratio=0.75, noise=None, teacher_scores=()):
-        """`(B, 3, S, S)` -> loss, pred `(B, L, p*p*3)`, mask `(B, L)`, attention loss (Eq. 3)."""
+        """`(B, 3, S, S)` -> loss, pred `(B, L, p*p*3)`, mask `(B, L)`, sum of blocks' Eq. 3."""
         tokens = self.encoder.embed(images)  # (B, L, D), with position
         kept, mask, ids_restore = random_masking(tokens, mask_ratio, noise)
         states = list(self.encoder.states(kept))  # states[i]: the input of block i
@@ -129,19 +129,19 @@ class MaskedAutoencoder(nn.Module):
         error = (pred.to(images.dtype) - self.target(images)) ** 2  # float32 also with --amp
         loss = (error.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)  # of masked patches
         blocks = self.encoder.blocks
-        scores = [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in self.blocks]
+        scores = [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in self.layers]
         losses = map(attention_distillation_loss, scores, teacher_scores, self.head_maps)
         return loss, pred, mask, sum(losses)
 
 
 class Teacher(nn.Module):
-    """A frozen encoder, cut after the last of `blocks`, which count from 0."""
+    """A frozen encoder, cut after the last of `layers`, numbers of blocks from 0."""
 
-    def __init__(self, encoder, blocks):
+    def __init__(self, encoder, layers):
         super().__init__()
-        encoder.blocks = encoder.blocks[:max(blocks) + 1]
+        encoder.blocks = encoder.blocks[:max(layers) + 1]
         self.encoder = encoder.eval().requires_grad_(False)
-        self.blocks = blocks
+        self.layers = layers
 
     @torch.no_grad()
     def forward(self, images, mask_ratio, noise):
@@ -149,7 +149,7 @@ class Teacher(nn.Module):
         kept, _, _ = random_masking(self.encoder.embed(images), mask_ratio, noise)
         states = list(self.encoder.states(kept))
         blocks = self.encoder.blocks
-        return [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in self.blocks]
+        return [blocks[i].attn.scores(blocks[i].norm1(states[i])) for i in self.layers]
 
 
 def settings(parser):
@@ -173,7 +173,7 @@ def settings(parser):
     add("--init", help="start from the encoder in this file")
     add("--teacher", help="required: file of a pre-trained encoder")
     add("--teacher-heads", type=count, help="its number of heads, else 12")
-    add("--distill-blocks", default="last", help="of the student: last, all, or from 1: 6,12")
+    add("--distill-blocks", default="last", help="of the student: last, all, or numbers: 6,12")
     add("--attn-weight", type=amount, default=1.0, help="weight of the attention loss")
 
 
@@ -207,7 +207,7 @@ class Samples(Dataset):
 
 def train(args):
     device = setup(args, args.crops_per_image)
-    teacher, heads, blocks = load_teacher(args, device)
+    teacher, heads, layers = load_teacher(args, device)
     data = open_data(args, train=True)
     validation = open_data(args, train=False)
     chosen = range(0, len(validation), math.ceil(len(validation) / 8))
@@ -219,7 +219,7 @@ def train(args):
     if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
     decoder = args.decoder_dim, args.decoder_depth, args.decoder_heads
-    model = MaskedAutoencoder(encoder, *decoder, args.norm_pix_loss, blocks, heads).to(device)
+    model = MaskedAutoencoder(encoder, *decoder, args.norm_pix_loss, layers, heads).to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}]
@@ -254,7 +254,7 @@ def train(args):
             network.require_backward_grad_sync = part == args.accum - 1
             inputs = (images - mean) / std, args.mask_ratio, noise
             with autocast:
-                loss, _, _, attention_loss = network(*inputs, teacher(*inputs))
+                loss, _, _, attention_loss = network(*inputs, teacher_scores=teacher(*inputs))
             scaler.scale((loss + args.attn_weight * attention_loss) / args.accum).backward()
             log.add(loss=loss, attention_loss=attention_loss)
         scaler.unscale_(optimizer)
@@ -275,11 +275,11 @@ def train(args):
 
 @torch.no_grad()
 def draw_attention(args, model, teacher, examples, mean, std):
-    """attention.png: what the class token attends to in the last of `blocks`, mean over heads."""
+    """attention.png: what the class token attends to in the last of `layers`, mean over heads."""
     images = (examples.to(mean.device) - mean) / std
-    target = vit.attention_maps(teacher.encoder, images, teacher.blocks[-1:])[0]
-    student = vit.attention_maps(model.encoder, images, model.blocks[-1:])[0]
-    # The log of a softmax is the scores plus a constant, and the next softmax ignores constants.
+    target = vit.attention_maps(teacher.encoder, images, teacher.layers[-1:])[0]
+    student = vit.attention_maps(model.encoder, images, model.layers[-1:])[0]
+    # log(softmax) is the scores up to a constant, which the next softmax ignores.
     scores = torch.einsum("ts,bsij->btij", model.head_maps[-1].weight, (student + 1e-30).log())
     rows = [x[:, :, 0, 1:].mean(dim=1) for x in (target, scores.softmax(dim=-1), student)]
     rows = torch.cat([x / x.amax(dim=1, keepdim=True) for x in rows])  # (3 B, L), at most 1
@@ -356,7 +356,7 @@ def parse(argv, settings, presets, out, recipes=None):
 
 
 def load_teacher(args, device):
-    """The Teacher, how many heads it has, and the student's distilled blocks, from 0."""
+    """The Teacher, how many heads it has, and the student's distilled layers."""
     if not args.teacher:
         raise vit.InputError("--teacher FILE: give a pre-trained network, such as runs/mae/last.pt")
     encoder, report = vit.from_weights(args.teacher, args.teacher_heads, patch_size=args.patch_size)
@@ -365,11 +365,11 @@ def load_teacher(args, device):
     index = {str(i + 1): i for i in range(depth)}  # of each number on the command line
     text = args.distill_blocks.replace("last", str(depth)).replace("all", ",".join(index))
     if not set(text.split(",")) <= set(index):
-        raise vit.InputError(f"--distill-blocks {text}: last, all, or of {','.join(index)}")
-    blocks = [index[number] for number in text.split(",")]
-    at_same_depth = [max(0, round((i + 1) * len(encoder.blocks) / depth) - 1) for i in blocks]
+        raise vit.InputError(f"--distill-blocks {args.distill_blocks}: last, all, or 1 to {depth}")
+    layers = [index[number] for number in text.split(",")]
+    at_same_depth = [max(0, round((i + 1) * len(encoder.blocks) / depth) - 1) for i in layers]
     heads = encoder.blocks[0].attn.num_heads
-    return Teacher(encoder, at_same_depth).to(device), heads, blocks
+    return Teacher(encoder, at_same_depth).to(device), heads, layers
 
 
 def count(text):  # type of an argument: 1, 2, 3, ...
@@ -617,7 +617,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try bf16, --clip-grad 1")
+            raise vit.InputError(f"not finite, or overflow: {entry}; try --amp bf16, --clip-grad 1")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
         entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}

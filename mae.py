@@ -572,7 +572,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try bf16, --clip-grad 1")
+            raise vit.InputError(f"not finite, or overflow: {entry}; try --amp bf16, --clip-grad 1")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
         entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}

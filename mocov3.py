@@ -2,7 +2,7 @@
 
 Two random views of an image must be more similar than views of different images. One goes through
 the encoder that learns, then a predictor: the query q. The other goes through the momentum encoder,
-a slowly moving average of the first: the key k. Only the encoder is kept.
+a slowly moving average of the first: the key k. Only the first is used later.
 Recipe: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2023).
 
     ctr(q, k) = -log( exp(q.k+ / T) / sum over all keys of exp(q.k / T) ),  k+ of q's image  (Eq. 1)
@@ -10,7 +10,7 @@ Recipe: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 2
 
     python mocov3.py                                  # a laptop: synthetic shapes, minutes
     python mocov3.py --data cifar100 --download       # images of 32 x 32 pixels
-    python mocov3.py --data DIR --compile             # one GPU; DIR/train/CLASS/*.jpg, DIR/val/...
+    python mocov3.py --data DIR --compile             # one GPU; DIR/train/CLASS/*.jpg
     torchrun --nproc_per_node=8 mocov3.py --data DIR  # the paper's run: 400 epochs, batch 1024
 
 Results in --out: config.json, log.jsonl, last.pt, curves.png. --resume continues it.
@@ -65,7 +65,7 @@ def similarities(q, k):
 def contrastive_loss(q, k, temperature):
     """InfoNCE of queries and the keys of all ranks, times 2T: a scalar, this rank's mean (Eq. 1).
 
-    q, k `(B, d)` as above, k without gradient. 2T: the gradient keeps its scale at any T (Alg. 1).
+    q, k `(B, d)` as above, k without gradient. 2T cancels the 1 / T in the gradient (Alg. 1).
     """
     cosines, labels = similarities(q, k)
     return 2 * temperature * F.cross_entropy(cosines / temperature, labels)
@@ -81,11 +81,11 @@ class MoCoV3(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.base_encoder = encoder_fn(global_pool="token")
-        for block in self.base_encoder.blocks:  # unlike MAE: query, key, value are three matrices
+        for block in self.base_encoder.blocks:  # Xavier of (D, D), not of (3D, D) as in MAE
             for matrix in block.attn.qkv.weight.data.chunk(3):
                 nn.init.xavier_uniform_(matrix)
         nn.init.normal_(self.base_encoder.cls_token, std=1e-6)
-        self.base_encoder.patch_embed.requires_grad_(not stop_grad_conv1)  # Sec. 4.2: steadier
+        self.base_encoder.patch_embed.requires_grad_(not stop_grad_conv1)  # Sec. 4.2: frozen
         width = self.base_encoder.embed_dim
         self.base_encoder.head = nn.Sequential(  # the projector
             nn.Linear(width, mlp_dim, bias=False), BatchNorm(mlp_dim), nn.ReLU(inplace=True),
@@ -111,10 +111,10 @@ class MoCoV3(nn.Module):
     def forward(self, x1, x2, m):
         """Views x1, x2 `(B, 3, S, S)`, momentum m -> loss (scalar), the sum of both directions.
 
-        The momentum encoder moves first, as in the authors' code. Sets `monitors`, collapse
-        indicators, detached scalars of this rank: `contrastive_accuracy` (how often q1's most
-        similar key of all k2 is of its image), `projection_spread` and `token_spread` (`spread` of
-        the first view's projections and class tokens).
+        The momentum encoder moves first, as in the authors' code. Sets `monitors`, scalars of this
+        rank that show a collapse: `contrastive_accuracy`, the share of q1 whose most similar key
+        in k2 is of the same image; `projection_spread` and `token_spread`, the `spread` of the
+        first view's projections and class tokens.
         """
         self.update_momentum_encoder(m)
         tokens, z1, z2 = self.project(self.base_encoder, x1, x2)
@@ -137,7 +137,7 @@ def spread(x):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """`nn.SyncBatchNorm`, also on CPUs. Means of a rank would tell which images share it."""
+    """`nn.SyncBatchNorm`, also on CPUs. A rank's own mean would tell which keys are its own."""
 
     def forward(self, x):
         if not dist.is_initialized() or not self.training:
@@ -185,18 +185,18 @@ def settings(parser):
     add("--saturation", type=share, default=0.2, help="largest change of saturation")
     add("--hue", type=share, default=0.1, help="largest change of hue, 0.5 is any hue")
     add("--gray", type=share, default=0.2, help="share of gray views")
-    add("--blur-sigma", type=amount, default=2.0, help="largest blur in pixels, from 0.1")
+    add("--blur-sigma", type=amount, default=2.0, help="largest sigma of the blur, from 0.1")
     add("--epochs", type=amount, default=400, help="passes over the images")
     add("--warmup-epochs", type=amount, default=40, help="epochs of rising learning rate")
     add("--batch-size", type=count, default=1024, help="images in an update")
     add("--base-lr", type=amount, default=1.5e-4, help="learning rate per 256 images")
     add("--weight-decay", type=amount, default=0.1, help="on all parameters")
     add("--clip-grad", type=amount, help="largest norm of the gradient")
-    add("--init", help="start from the encoder, and the head if it fits")
+    add("--init", help="start from the encoder in this file, and its head if it fits")
 
 
-# What differs from the paper's recipe above. A toy image has few colors, by which two views would
-# find each other at once: strong changes of saturation and hue leave the shape to look at.
+# What differs from the paper's recipe above. A toy image has few colors: two views could be matched
+# by color alone. Strong changes of saturation and hue leave only the shape.
 PRESETS = {
     "photos": {},
     "small": dict(img_size=32, patch_size=4, mlp_dim=1024, min_crop=0.2, blur_sigma=0.5,
@@ -207,7 +207,7 @@ PRESETS = {
 
 
 class Samples(Dataset):
-    """Sample v: two views of an image, each `(3, S, S)`, uint8; they follow from (seed, v)."""
+    """Sample v: two views of an image, each `(3, S, S)`, uint8, drawn from (seed, v)."""
 
     def __init__(self, data, args):
         self.data = data
@@ -220,7 +220,7 @@ class Samples(Dataset):
         return self.view(image, blur=1, solarize=0), self.view(image, blur=0.1, solarize=0.2)
 
     def view(self, image, blur, solarize):
-        """A random crop with random changes, as in BYOL; the views differ in blur and solarize."""
+        """A random crop with random changes, as in BYOL; `blur`, `solarize` are probabilities."""
         image = self.crop(image) / 255  # float32: jitter is faster than on uint8
         if torch.rand(1) < 0.8:
             image = self.jitter(image)
@@ -236,7 +236,7 @@ class Samples(Dataset):
 
 
 def random_blur(image, largest):
-    """Gaussian blur along one axis, then the other: as in two dimensions, but faster."""
+    """Gaussian blur along one axis, then the other: equal to a 2-D blur, but faster."""
     sigma = 0.1 + (largest - 0.1) * torch.rand(1).item()
     kernel = 2 * math.ceil(3 * sigma) + 1  # three standard deviations to each side
     image = v2.functional.gaussian_blur(image, [kernel, 1], [sigma, sigma])
@@ -250,8 +250,8 @@ def train(args):
 
     torch.manual_seed(args.seed)
     encoder_fn = functools.partial(vit.ARCHS[args.arch], args.img_size, args.patch_size)
-    sizes = args.dim, args.mlp_dim
-    model = MoCoV3(encoder_fn, *sizes, args.temperature, args.stop_grad_conv1).to(device)
+    model = MoCoV3(encoder_fn, args.dim, args.mlp_dim, args.temperature, args.stop_grad_conv1)
+    model.to(device)
     if args.init and not (args.resume and (args.out / "last.pt").exists()):
         print(f"--init {args.init}: {vit.load_weights(model.base_encoder, args.init)}")
         model.momentum_encoder.load_state_dict(model.base_encoder.state_dict())
@@ -269,7 +269,7 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size  # the first step has samples 0 to B - 1
+    B = args.batch_size  # of all ranks; the first step has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // WORLD, sampler=mine, num_workers=args.workers,
@@ -313,7 +313,7 @@ def draw_curves(args):
     for axis, name in zip(figure.subplots(1, 4), names):
         values = [entry[name] for entry in log]
         axis.plot([entry["epoch"] for entry in log], values)
-        axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, 1.1 * max(values)))
+        axis.set(title=name.replace("_", " "), xlabel="epoch", ylim=(0, max(values) + 0.1))
     figure.suptitle(f"MoCo-v3 {args.arch} on {args.data}")
     figure.savefig(args.out / "curves.png")
 
@@ -617,7 +617,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try bf16, --clip-grad 1")
+            raise vit.InputError(f"not finite, or overflow: {entry}; try --amp bf16, --clip-grad 1")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
         entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}

@@ -156,10 +156,10 @@ def moco_tiny(batch_size):
     return mocov3.MoCoV3(vit.vit_tiny).to(DEVICE), loss_of
 
 
-def distilled_tiny(batch_size, blocks=(11,)):
+def distilled_tiny(batch_size, layers=(11,)):
     import distill
-    student = distill.MaskedAutoencoder(vit.vit_tiny(), blocks=blocks).to(DEVICE)
-    teacher = distill.Teacher(vit.vit_base().to(DEVICE), blocks)
+    student = distill.MaskedAutoencoder(vit.vit_tiny(), layers=layers).to(DEVICE)
+    teacher = distill.Teacher(vit.vit_base().to(DEVICE), layers)
     images = noise_images(batch_size)
 
     def loss_of(network):
@@ -200,7 +200,7 @@ def part_mocov3(args):
 
 
 def part_distill(args):
-    every = functools.partial(distilled_tiny, blocks=tuple(range(12)))
+    every = functools.partial(distilled_tiny, layers=tuple(range(12)))
     ways = {
         "MAE without a teacher": (mae_tiny, False),
         "ViT-Base teaches the last block": (distilled_tiny, False),

@@ -392,7 +392,7 @@ def test_nan_on_one_of_two_ranks_stops_both(tmp_path):
     script = tmp_path / "nan_on_rank_1.py"
     script.write_text(NAN_ON_RANK_1)
     out = run(script, ROOT, *TINY, "--log-every", 5, "--out", tmp_path / "out", ranks=2, code=1)
-    assert "InputError: not finite, or lost in fp16: {'step': 5" in out
+    assert "InputError: not finite, or overflow: {'step': 5" in out
     assert not (tmp_path / "out" / "last.pt").exists()
 
 

@@ -13,15 +13,15 @@ import vit
 GOLDEN = GOLDENS["4_distill"]
 
 
-def pair(blocks=(2,)):
+def pair(layers=(2,)):
     """The golden student, with a head map per distilled block, and teacher."""
     student = distill.MaskedAutoencoder(
-        vit.VisionTransformer(**SIZES), 24, 1, 3, blocks=blocks, teacher_heads=4)
+        vit.VisionTransformer(**SIZES), 24, 1, 3, layers=layers, teacher_heads=4)
     fill(student, rename=lambda name: name.removeprefix("encoder."))
     for head_map in student.head_maps:
         head_map.weight.data = value("attn_adapter", (4, 6, 1, 1)).flatten(1)
     teacher = fill(vit.VisionTransformer(**TEACHER, global_pool="token"), prefix="teacher.")
-    return student, distill.Teacher(teacher, list(blocks))
+    return student, distill.Teacher(teacher, list(layers))
 
 
 def losses(student, teacher, x=None):
@@ -115,7 +115,7 @@ def test_eq3_is_computed_in_float32_under_bf16():
 
 
 def test_eq3_the_losses_of_several_blocks_are_summed():
-    first, last, both = [losses(*pair(blocks))[3] for blocks in ((0,), (2,), (0, 2))]
+    first, last, both = [losses(*pair(layers))[3] for layers in ((0,), (2,), (0, 2))]
     torch.testing.assert_close(both, first + last)
 
 
@@ -165,9 +165,9 @@ def loaded(path, *arguments):
     """What `load_teacher` makes of arguments: the teacher's blocks and the student's, from 0."""
     argv = ["--teacher", str(path), *arguments]
     args = distill.parse(argv, distill.settings, distill.PRESETS, out="")
-    teacher, heads, blocks = distill.load_teacher(args, "cpu")
+    teacher, heads, layers = distill.load_teacher(args, "cpu")
     assert heads == 12
-    return teacher.blocks, blocks
+    return teacher.layers, layers
 
 
 def test_distill_blocks_count_from_1_and_match_by_relative_depth(tmp_path):
@@ -222,7 +222,7 @@ def test_attention_weight_scales_the_attention_loss_only(tmp_path):
 
 @pytest.mark.parametrize("sizes, arguments, message", [
     (dict(patch_size=8), (), "patch_embed.proj.weight: (96, 3, 8, 8) in the file, (96, 3, 4, 4)"),
-    (dict(), ("--distill-blocks", "7"), "--distill-blocks 7: last, all, or of 1,2,3,4,5,6"),
+    (dict(), ("--distill-blocks", "7"), "--distill-blocks 7: last, all, or 1 to 6"),
     (dict(), ("--distill-blocks", "0"), "--distill-blocks 0"),
     (dict(), ("--distill-blocks", "one"), "--distill-blocks one"),
     (dict(), ("--teacher", ""), "--teacher FILE"),
