@@ -385,6 +385,15 @@ def test_a_run_logs_the_indicators_and_its_teacher_is_what_is_read(tmp_path):
     assert not torch.equal(state[f"teacher.{key}"], state[f"student.{key}"])
 
 
+def test_clip_grad_0_clips_nothing(tmp_path):
+    norms = []
+    for largest in (0, 1e6):
+        out = tmp_path / str(largest)
+        call(dino, "--out", out, *TINY, "--max-steps", 3, "--clip-grad", largest)
+        norms.append([(entry["loss"], entry["grad_norm"]) for entry in log_of(out)])
+    assert norms[0] == norms[1] and norms[0][0][1] > 0
+
+
 def test_train_raises_the_decay_clips_and_freezes_the_last_layer(tmp_path, monkeypatch):
     groups = {}
     decays = []

@@ -1,5 +1,7 @@
 """mocov3.py: the method against published numbers, then its claims, then a run."""
+import argparse
 import copy
+import json
 import math
 
 import numpy as np
@@ -335,6 +337,16 @@ def test_a_sample_follows_from_seed_and_number_alone():
 
 
 # ------------------------------------------------------------ a run
+
+@pytest.mark.filterwarnings("error")
+def test_curves_that_are_0_are_drawn_without_a_warning(tmp_path):
+    """Such as the accuracy of the first steps: `python -W error mocov3.py` goes on."""
+    names = ("loss", "contrastive_accuracy", "projection_spread", "token_spread")
+    entry = {"epoch": 1.0, **dict.fromkeys(names, 0.0)}
+    (tmp_path / "log.jsonl").write_text(json.dumps(entry) + "\n")
+    mocov3.draw_curves(argparse.Namespace(out=tmp_path, arch="toy", data="toy"))
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
 
 def test_a_run_logs_the_indicators_and_saves_both_encoders(tmp_path):
     call(mocov3, "--out", tmp_path / "run", *TINY, "--max-steps", 3, "--stop-grad-conv1")
