@@ -36,12 +36,36 @@ def test_reproduce_scripts_take_each_command(monkeypatch):
         parsed(script.removeprefix("tests/"), words, monkeypatch)
 
 
-def test_reproduce_a_run_starts_from_files_that_the_page_makes():
-    made = [words[words.index("--out") + 1] for _, words in COMMANDS if "--out" in words]
-    assert len(set(made)) == len(made)
-    read = set(re.findall(r"(runs/[\w.-]+)/\w+\.pt", str(COMMANDS)))
-    assert len(read) > 10
-    assert read <= set(made)
+def runs_read(words):
+    """The runs whose checkpoints a command reads."""
+    return set(re.findall(r"(runs/[\w.-]+)/\w+\.pt", " ".join(words)))
+
+
+def runs_used(commands):
+    """The runs that commands, in their order, read. Each must have been made before."""
+    made = set()
+    used = set()
+    for _, words in commands:
+        assert runs_read(words) <= made, words
+        used |= runs_read(words)
+        if "--out" in words:
+            out = words[words.index("--out") + 1]
+            assert out not in made
+            made.add(out)
+    return used
+
+
+def test_reproduce_read_from_the_top_a_run_starts_from_files_that_were_made_before():
+    assert len(runs_used(COMMANDS)) > 10
+
+
+def test_reproduce_table_5_can_repeat_table_4_loop_where_it_says_so(tmp_path):
+    start, place = "for net in original mocov3 mae; do", "for net in distill; do"
+    loop = re.search(rf"^{start}.*?^done\n", SHELL, re.MULTILINE | re.DOTALL)[0]
+    before = SHELL[:SHELL.index(place)] + "\n"
+    commands = commands_of(before + loop.replace(start, place), tmp_path)
+    assert "runs/distill" in runs_used(commands)
+    assert sum("runs/distill/last.pt" in words for _, words in commands) == 8  # 7 of the loop
 
 
 def test_reproduce_each_row_of_a_table_has_a_command_of_its_name():

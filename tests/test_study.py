@@ -130,6 +130,17 @@ def test_study_differences_of_similarity_are_those_of_its_three_seeds():
         assert f"| {difference(first, second, 2)} |" in PAGE
 
 
+@pytest.mark.parametrize("first, second, words", [
+    ([0.60, 0.59, 0.58], [0.56, 0.51, 0.50], "({df} degrees of freedom): its difference is {t} "),
+    (RUNS["mae-hundredth"], RUNS["moco-hundredth"], "{df} degrees of freedom) is {t} where")])
+def test_study_with_unequal_variances_two_differences_are_less_certain(first, second, words):
+    """Welch's degrees of freedom, and the difference in standard errors, of three seeds each."""
+    squares = [stdev(numbers) ** 2 / 3 for numbers in (first, second)]
+    t = (mean(first) - mean(second)) / sum(squares) ** 0.5
+    df = sum(squares) ** 2 / sum(square ** 2 / 2 for square in squares)
+    assert words.format(df=f"{df:.1f}", t=f"{t:.1f}") in " ".join(PAGE.split())
+
+
 def test_study_table_in_readme_is_the_same():
     """A row of three means in README stands in the page, too."""
     lines = (ROOT / "README.md").read_text().replace("**", "").splitlines()
