@@ -46,7 +46,7 @@ class CKA:
     def update(self, features1, features2):
         """Adds a mini-batch: for each layer `(B, ...)`, the same B images. InputError for B < 4."""
         grams = torch.stack([centered_gram(x) for x in (*features1, *features2)]).flatten(1)
-        self.hsic += (grams @ grams.T).cpu()  # all pairs of layers at once
+        self.hsic += (grams @ grams.T).cpu()  # of all pairs of layers; the diagonal normalizes
 
     def compute(self):
         """CKA `(n1, n2)`, float64, at most 1; nan if a layer is zero."""
@@ -55,13 +55,13 @@ class CKA:
 
 
 def centered_gram(features):
-    """`(B, ...) -> (B, B)`, float64: `(K * L).sum()` is the unbiased HSIC. InputError for B < 4."""
+    """`(B, ...) -> (B, B)`, float64; of two layers `(K * L).sum()` is the unbiased HSIC. B >= 4."""
     B = len(features)
     if B < 4:
-        raise vit.InputError(f"unbiased HSIC needs mini-batches of at least 4 images, not {B}")
+        raise vit.InputError(f"CKA: at least 4 images a batch, not {B} (--batch-size, --images)")
     X = features.flatten(1).double()
-    K = (X @ X.T).fill_diagonal_(0)  # the Gram matrix without its diagonal,
-    rows = K.sum(dim=1) / (B - 2)  # centered (Szekely and Rizzo, 2014)
+    K = (X @ X.T).fill_diagonal_(0)  # Gram matrix; the unbiased HSIC leaves out the diagonal
+    rows = K.sum(dim=1) / (B - 2)  # U-centering (Szekely and Rizzo, 2014)
     K = K - rows[:, None] - rows[None, :] + K.sum() / ((B - 1) * (B - 2))
     return K.fill_diagonal_(0) / (B * (B - 3)) ** 0.5
 
@@ -80,7 +80,7 @@ def fourier_log_amplitude(tokens, grid):
     modulus, mean over images and channels (Park and Kim, 2022). InputError for an odd grid.
     """
     if grid % 2:
-        raise vit.InputError(f"{grid} x {grid} patches: an odd number has no frequency pi")
+        raise vit.InputError(f"{grid} x {grid} patches, odd: no frequency pi; use cka, attention")
     maps = tokens.transpose(1, 2).unflatten(-1, (grid, grid))  # (B, D, grid, grid)
     amplitude = torch.fft.rfft2(maps).diagonal(dim1=-2, dim2=-1).abs()  # (B, D, grid // 2 + 1)
     log_amplitude = (amplitude + 1e-6).log().mean(dim=(0, 1))
@@ -90,7 +90,7 @@ def fourier_log_amplitude(tokens, grid):
 def attention_distance(scores, grid, patch_size):
     """Mean distance in pixels between a patch and where it looks, per head `(h,)` (Eq. 1).
 
-    scores `(B, h, N, N)`, pre-softmax; class token, at 0, dropped; mean over images and queries.
+    scores `(B, h, N, N)`; the class token is dropped before the softmax; mean of images, queries.
     """
     attention = scores[:, :, 1:, 1:].softmax(dim=-1).mean(dim=0)  # (h, L, L)
     places = patch_size * torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(attention)
@@ -123,7 +123,7 @@ def open_models(words, seed):
                 embed_dim=first.embed_dim, depth=len(first.blocks), num_heads=block.attn.num_heads,
                 mlp_ratio=block.mlp.fc1.out_features / first.embed_dim)
         else:
-            raise vit.InputError(f"{word}: not label=path, each label once, or (not first) random")
+            raise vit.InputError(f"{word}: give label=path (each label once), then maybe random")
     return models
 
 
@@ -139,30 +139,32 @@ def mini_batches(args, data, device):
 def measure(models, batches, instruments, reference=None):
     """What instruments measure on mini-batches `(B, 3, S, S)` of equal size: arrays by label.
 
-    "cka": `[a][b] (depth + 1, depth + 1)`, layers of a, then of b, which is a or the reference;
-    "fourier": `[a] (depth + 1, grid // 2 + 1)`; "attention": `[a] (depth, 2, h)`, as in Eq. 1, 2.
+    "cka": `[a][b] (layers of a, layers of b)`, b is a itself or the reference; "fourier": `[a]
+    (depth + 1, grid // 2 + 1)`; "attention": `[a] (depth, 2, h)`, Eq. 1 and 2 of each block.
     """
     reference = reference or list(models)[0]
-    pairs = [(a, b) for a in models for b in (a, reference)]
-    cka = {(a, b): CKA(len(models[a].blocks) + 1, len(models[b].blocks) + 1) for a, b in pairs}
+    cka = {}
+    if "cka" in instruments:
+        pairs = [(a, b) for a in models for b in (a, reference)]
+        cka = {(a, b): CKA(len(models[a].blocks) + 1, len(models[b].blocks) + 1) for a, b in pairs}
     fourier = {label: [] for label in models}  # a tensor for each mini-batch
     attention = {label: [] for label in models}
     for images in batches:
         features = {}
         for label, model in models.items():
             states = list(model.states(model.embed(images)))
-            features[label] = cka_features(model, states)
+            if "cka" in instruments:
+                features[label] = cka_features(model, states)
             if "fourier" in instruments:
                 rows = [fourier_log_amplitude(x[:, 1:], model.grid) for x in states]
                 fourier[label].append(torch.stack(rows).cpu())
             if "attention" in instruments:
                 attention[label].append(head_statistics(model, states).cpu())
-        if "cka" in instruments:
-            for a, b in cka:
-                cka[a, b].update(features[a], features[b])
-    results = {"cka": {a: {} for a in models}}
+        for a, b in cka:
+            cka[a, b].update(features[a], features[b])
+    results = {"cka": {}}
     for a, b in cka:
-        results["cka"][a][b] = cka[a, b].compute().numpy()
+        results["cka"].setdefault(a, {})[b] = cka[a, b].compute().numpy()
     for name, parts in (("fourier", fourier), ("attention", attention)):
         if name in instruments:
             results[name] = {a: torch.stack(parts[a]).mean(dim=0).numpy() for a in models}
@@ -184,7 +186,7 @@ def draw_cka(cka):
     rows = min(2, len(cka))
     figure = Figure((2.2 * len(cka) + 1, 2.6 * rows), layout="constrained")
     for column, a in enumerate(cka, 1):
-        for row, b in enumerate(cka[a]):
+        for row, b in enumerate(cka[a]):  # a itself, then the reference (one entry if it is a)
             axis = figure.add_subplot(rows, len(cka), row * len(cka) + column)
             image = axis.imshow(cka[a][b], origin="lower", vmin=0, vmax=1)
             axis.set(xlabel=f"layer of {b}", ylabel=f"layer of {a}")
@@ -215,12 +217,12 @@ def draw_curves(folders):
         if not log.exists():
             raise vit.InputError(f"{log}: no such file")
         config = log.with_name("config.json")  # each script has settings of its own
-        script = sorted(json.loads(config.read_text())) if config.exists() else []
+        setting_names = sorted(json.loads(config.read_text())) if config.exists() else []
         entries = [json.loads(line) for line in log.read_text().splitlines()]
         names = {name for entry in entries for name in entry}
         for name in names - {"epoch", "step", "lr", "images_per_s", "data_wait"}:
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
-            lines = panels.setdefault((name, *script), {})
+            lines = panels.setdefault((name, *setting_names), {})
             lines[folder] = np.transpose(points)  # x, y
     if not panels:
         raise vit.InputError(f"{' '.join(folders)}: nothing logged yet")
@@ -251,7 +253,7 @@ def main(argv=None):
     add("command", nargs="?", default="all", choices=["all", *draw, "curves"], help="what to do")
     add("names", nargs="*", help="models, label=path or random; curves: folders of runs")
     add("--reference", help="label of the model that cka compares the others with, else the first")
-    add("--images", type=count, default=1024, help="images to look at, chosen by --seed")
+    add("--images", type=count, default=1024, help="images in whole mini-batches, chosen by --seed")
     add("--batch-size", type=count, default=128, help="images in a mini-batch")
     add("--data", default="toy", help=f"folder with val/, or toy, {', '.join(NAMED)}")
     add("--root", default="data", help="folder of downloads")

@@ -11,8 +11,8 @@ Recipes: A Closer Look at Self-Supervised Lightweight Vision Transformers (ICML 
     python finetune.py --recipe transfer --data cifar100 --download --init mae.pth
     python finetune.py --eval-only --init runs/finetune/best.pt
 
-Results in --out: config.json, log.jsonl, last.pt, best.pt. --resume continues it.
-Shapes: B images, C classes, D width, S image size.
+Each run needs its own --out: config.json, log.jsonl, last.pt, best.pt; --resume continues it.
+k-NN: knn.json; test: eval.json. Shapes: B images, C classes, D width, S image size.
 """
 import argparse
 import atexit
@@ -41,9 +41,8 @@ import vit
 def layer_decay_groups(model, base_lr, weight_decay, decay):
     """Optimizer groups; layer i learns at `lr_scale = decay^(depth + 1 - i)` of `base_lr` (BEiT).
 
-    Layer 0 is the embeddings (patches, class token, position), block k is layer k + 1, norm and
-    head are depth + 1. No weight decay on 1-D tensors, class token, position. Groups have
-    `lr_scale` and `names`.
+    Layer 0 is patches, class token and position, block k is layer k + 1, norm and head are last.
+    No weight decay on 1-D tensors, class token, position. Groups have `lr_scale` and `names`.
     """
     embeddings = [model.cls_token, model.pos_embed, *model.patch_embed.parameters()]
     end = [*model.norm.parameters(), *model.fc_norm.parameters(), *model.head.parameters()]
@@ -53,10 +52,10 @@ def layer_decay_groups(model, base_lr, weight_decay, decay):
     for i, layer in enumerate(layers):
         scale = decay ** (len(layers) - 1 - i)
         matrices = [p for p in layer if p.ndim in (2, 4)]  # 4-D: the patch embedding
-        others = [p for p in layer if p.ndim not in (2, 4)]
-        for params, shrink in ((others, 0.0), (matrices, weight_decay)):
+        others = [p for p in layer if p.ndim not in (2, 4)]  # 3-D: class token, position
+        for params, group_decay in ((others, 0.0), (matrices, weight_decay)):
             groups.append({"params": params, "names": [names[p] for p in params],
-                           "lr": base_lr * scale, "lr_scale": scale, "weight_decay": shrink})
+                           "lr": base_lr * scale, "lr_scale": scale, "weight_decay": group_decay})
     return groups
 
 
@@ -101,15 +100,15 @@ def mix(images, labels, mixup, cutmix, num_classes):
 
 def settings(parser):
     add = parser.add_argument
-    add("--recipe", "--mode", default="improved", choices=RECIPES, help="what to do, and how")
+    add("--recipe", "--mode", default="improved", choices=RECIPES, help="linear: probe; eval: test")
     add("--eval-only", dest="recipe", action="store_const", const="eval", help="test --init")
     add("--init", help="start from the weights in this file")
-    add("--keep-blocks", type=int, choices=range(25), metavar="N", help="keep the N lower (Fig. 2)")
-    add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py, from scratch")
+    add("--keep-blocks", type=int, choices=range(25), metavar="N", help="lower blocks kept, Fig. 2")
+    add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py, only from scratch")
     add("--img-size", type=count, help="image side in pixels, else by --init or --preset")
-    add("--patch-size", type=count, default=16, help="patch side in pixels, from scratch")
+    add("--patch-size", type=count, default=16, help="patch side in pixels, only from scratch")
     add("--num-heads", type=count, help="else by --init, or 12 (DeiT-Tiny has 3)")
-    add("--global-pool", default="avg", help="avg: mean of the patches; token: class token")
+    add("--global-pool", default="avg", choices=("avg", "token"), help="mean of patches, or token")
     add("--drop-path", type=share, default=0.0, help="stochastic depth, last block")
     add("--min-crop", type=share, default=0.08, help="smallest crop, share of the area")
     add("--randaug", type=int, default=10, choices=range(11), metavar="M", help="strength, 0: off")
@@ -129,29 +128,27 @@ def settings(parser):
     add("--eval-every", type=count, default=1, help="epochs between evaluations")
 
 
-PRESETS = {  # what differs from the paper's recipe above
+PRESETS = {  # what differs from the defaults above
     "photos": {},
     "small": dict(patch_size=4, min_crop=0.2, epochs=100, batch_size=512, eval_every=5),
     "toy": dict(arch="toy", patch_size=4, fraction=0.04, min_crop=0.5, randaug=0, mixup=0.0,
                 epochs=20, warmup_epochs=2, batch_size=64, base_lr=8e-3, layer_decay=0.75,
                 eval_every=10)}
-RECIPES = {  # what differs from both, whatever the preset
+RECIPES = {  # what differs from the defaults and the preset; these win
     "improved": {},
     "original": dict(drop_path=0.1, randaug=9, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1),
-    "transfer": dict(
-        preset="photos", patch_size=16, min_crop=0.08, randaug=0, mixup=0.0, epochs=50,
-        warmup_epochs=10, batch_size=512, optimizer="nesterov", base_lr=0.05, weight_decay=0.0,
-        layer_decay=0.75, clip_grad=1.0, eval_every=1),
-    "linear": dict(
-        global_pool=None, randaug=0, mixup=0.0, epochs=90, warmup_epochs=10, optimizer="sgd",
-        base_lr=0.75, min_lr=0.0, weight_decay=0.0),
+    "transfer": dict(preset="photos", patch_size=16, fraction=1.0, min_crop=0.08, randaug=0,
+                     mixup=0.0, epochs=50, warmup_epochs=10, batch_size=512, optimizer="nesterov",
+                     base_lr=0.05, weight_decay=0.0, layer_decay=0.75, clip_grad=1.0, eval_every=1),
+    "linear": dict(global_pool=None, randaug=0, mixup=0.0, epochs=90, warmup_epochs=10,
+                   optimizer="sgd", base_lr=0.75, min_lr=0.0, weight_decay=0.0),
     "knn": dict(global_pool=None, fraction=1.0),  # None: as in --init
     "eval": dict(global_pool=None)}
 IMG_SIZES = {"photos": 224, "small": 32, "toy": 32}  # from scratch, by --preset
 
 
 class Samples(Dataset):
-    """Sample v: a random crop `(3, S, S)`, uint8, and its label; for evaluation a center crop."""
+    """Sample v: a crop `(3, S, S)`, uint8 (with --erasing normalized float32), and its label."""
 
     def __init__(self, data, args, evaluation=False):
         self.data = data
@@ -159,10 +156,9 @@ class Samples(Dataset):
         self.evaluation = evaluation
         crop = v2.RandomResizedCrop(args.img_size, (args.min_crop, 1), interpolation=BICUBIC)
         steps = [crop, v2.RandomHorizontalFlip()]
-        if args.randaug:  # timm's strength 10 is number 30 of torchvision's 31
-            operation = v2.RandAugment(
-                num_ops=1, magnitude=3 * args.randaug, fill=[124, 116, 104],  # the mean color
-                interpolation=v2.InterpolationMode.BILINEAR)
+        if args.randaug:  # strengths 0 to 10 are 0, 3, ..., 30 of torchvision's 31
+            operation = v2.RandAugment(num_ops=1, magnitude=3 * args.randaug, fill=[124, 116, 104],
+                                       interpolation=v2.InterpolationMode.BILINEAR)
             steps += 2 * [v2.RandomApply([operation], p=0.5)]
         if args.erasing:  # in place of normalized pixels, noise of mean 0 and variance 1
             normalize = v2.Normalize(vit.MEAN.flatten().tolist(), vit.STD.flatten().tolist())
@@ -179,27 +175,33 @@ class Samples(Dataset):
 
 
 def build(args, checkpoint):
-    """The network of a checkpoint (with its head only for evaluation) or one from scratch."""
+    """The network of a checkpoint, without its head unless --eval-only; or one from scratch."""
     torch.manual_seed(args.seed)
     names = ("img_size", "num_heads", "global_pool", "drop_path")
-    sizes = {name: vars(args)[name] for name in names if vars(args)[name]}  # if typed
+    sizes = {name: vars(args)[name] for name in names if vars(args)[name]}  # None: the file's
     if args.recipe != "eval":
         sizes["num_classes"] = 0
+    resumed = checkpoint.get("path") != args.init  # from --out
     if checkpoint:
         model, report = vit.from_weights(checkpoint, in_chans=3, **sizes)
-        print(f"{checkpoint['path']}: {report}")
+        if args.recipe == "eval" and "head.1.weight" in checkpoint.get("model", {}):  # of a probe
+            model.head = new_head(model.embed_dim, len(checkpoint["model"]["head.1.weight"]), True)
+            report = vit.load_weights(model, checkpoint)
+        if not resumed:
+            print(f"{args.init}: {report}")
     else:
         sizes.setdefault("img_size", IMG_SIZES[args.preset])
         model = vit.ARCHS[args.arch](patch_size=args.patch_size, **sizes)
         vit.init_weights(model, "truncated")
-    if args.keep_blocks is not None:
+    if args.keep_blocks is not None and not resumed:
+        if args.recipe == "eval" or args.keep_blocks > len(model.blocks):
+            raise vit.InputError(f"--keep-blocks: up to {len(model.blocks)}; not with --eval-only")
         upper = model.blocks[args.keep_blocks:]
         vit.init_weights(upper, "truncated")
-        for block in upper:
-            block.norm1.reset_parameters()
-            block.norm2.reset_parameters()
+        for norm in [m for m in upper.modules() if isinstance(m, nn.LayerNorm)]:
+            norm.reset_parameters()
         print(f"--keep-blocks: {len(upper)} upper blocks randomly initialized")
-    args.img_size = model.grid * model.patch_size  # the data and config.json need the sizes
+    args.img_size = model.grid * model.patch_size  # for the data and config.json
     args.patch_size = model.patch_size
     args.num_heads = model.blocks[0].attn.num_heads
     args.global_pool = model.global_pool
@@ -209,14 +211,14 @@ def build(args, checkpoint):
 
 def train(args, model):
     data, validation = open_splits(args)
-    args.classes = list(data.classes)  # the checkpoint's config names them, for --eval-only
+    args.classes = list(data.classes)  # in checkpoints, for --eval-only
     probe = args.recipe == "linear"
     device = model.pos_embed.device
     mean, std = vit.MEAN.to(device), vit.STD.to(device)
     model.requires_grad_(not probe)  # the position, too
     model.head = new_head(model.embed_dim, len(data.classes), probe).to(device)
     if WORLD > 1 and device.type == "cuda":  # on CPUs each rank has a BatchNorm of its own
-        nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
+        model.head = nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
     print(f"head: {model.head}")
     peak_lr = args.base_lr * args.batch_size / 256
     groups = layer_decay_groups(model, peak_lr, args.weight_decay, args.layer_decay)
@@ -236,8 +238,8 @@ def train(args, model):
     steps = max(1, round(args.epochs * len(data) / B))
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / B))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
-    epochs = [*range(args.eval_every, args.epochs, args.eval_every), args.epochs]
-    steps_to_evaluate = {max(1, round(epoch * len(data) / B)) for epoch in epochs}
+    evaluated_epochs = [*range(args.eval_every, args.epochs, args.eval_every), args.epochs]
+    steps_to_evaluate = {max(1, round(epoch * len(data) / B)) for epoch in evaluated_epochs}
     log = Log(args, scaler)
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
@@ -255,10 +257,9 @@ def train(args, model):
             if not args.erasing:  # else Samples has done it
                 images = (images - mean) / std
             seed = np.random.SeedSequence((args.seed, step - 1, RANK, part))
-            torch.manual_seed(int(seed.generate_state(1)[0]))  # of mixing and stochastic depth
+            torch.manual_seed(int(seed.generate_state(1)[0]))  # mixing, drop path: same if resumed
             if args.mixup or args.cutmix:
-                images, targets = mix(
-                    images, targets, args.mixup, args.cutmix, num_classes=len(data.classes))
+                images, targets = mix(images, targets, args.mixup, args.cutmix, len(data.classes))
             # Ranks synchronize gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
@@ -273,8 +274,7 @@ def train(args, model):
         optimizer.zero_grad()
         # Up to here nothing waited for the device. Reading the losses does.
         if step % args.log_every == 0 or step in steps_to_evaluate or step == end:
-            epoch = step * B / len(data)
-            log.write(step, epoch=epoch, lr=lr, grad_norm=grad_norm.item())
+            log.write(step, epoch=step * B / len(data), lr=lr, grad_norm=grad_norm.item())
             if step in steps_to_evaluate:
                 validate(args, model, validation, step)
             if RANK == 0 and (step == end or time.time() - last_save > 60 * args.save_minutes):
@@ -286,7 +286,7 @@ def train(args, model):
 
 @torch.no_grad()
 def predict(args, model, data):
-    """The output for each image, `(n, C)`, and the labels `(n,)`, in order, on all ranks."""
+    """Outputs `(n, C)`, without a head features `(n, D)`, and labels `(n,)`; on all ranks."""
     device = model.pos_embed.device
     mean, std = vit.MEAN.to(device), vit.STD.to(device)
     mine = Subset(Samples(data, args, evaluation=True), range(RANK, len(data), WORLD))
@@ -304,7 +304,7 @@ def predict(args, model, data):
 
 
 def accuracy(ranking, labels):
-    """Percentages of images whose class is the first, or any, of `ranking (n, 5)`."""
+    """Percentages of images whose class is the first, or any, of `ranking (n, up to 5)`."""
     hits = 100 * (ranking == labels[:, None]).double()
     return {"top1": hits[:, 0].mean().item(), "top5": hits.sum(dim=1).mean().item()}
 
@@ -338,26 +338,28 @@ def evaluate(args, model, checkpoint):
         raise vit.InputError(f"--init {args.init}: no head, nothing to evaluate")
     validation = open_data(args, train=False)
     classes = validation.classes
-    count = len(model.head.bias)
+    num_classes = len(list(model.head.parameters())[-1])  # its bias
     names = checkpoint.get("config", {}).get("classes", [])  # published files have none
-    numbers = list(range(count))  # a published file: the folders in order
+    chosen = list(range(num_classes))  # outputs; a published file: the folders in order
     if set(classes) <= set(names):  # all, or a part (ImageNet-A, -R)
-        numbers = [names.index(name) for name in classes]
-    elif set(classes) <= set(map(str, numbers)):  # ImageNet-V2
-        numbers = [int(name) for name in classes]
-    elif names or len(classes) != count:
-        other = [name for name in classes if name not in names]
-        raise vit.InputError(f"--data: not among {count} classes of --init: {other[:5]}")
+        chosen = [names.index(name) for name in classes]
+    elif set(classes) <= set(map(str, chosen)):  # ImageNet-V2
+        chosen = [int(name) for name in classes]
+    elif names or len(classes) != num_classes:
+        raise vit.InputError(f"--data: {len(classes)} classes, --init: {num_classes} with "
+                             f"{len(names)} names, not {sorted(set(classes) - set(names))[:5]}")
     outputs, labels = predict(args, model, validation)
-    return accuracy(outputs[:, numbers].topk(min(5, len(numbers))).indices, labels)
+    return accuracy(outputs[:, chosen].topk(min(5, len(chosen))).indices, labels)
 
 
 def main(argv=None):
     args = parse(argv, settings, PRESETS, out="runs/finetune", recipes=RECIPES)
     if args.recipe == "linear" and args.accum > 1:
-        raise vit.InputError("--accum: the probe's BatchNorm sees the whole batch")
+        raise vit.InputError("--accum: not with linear, whose BatchNorm needs the whole batch")
+    if args.recipe in ("eval", "knn") and args.resume:
+        raise vit.InputError("--resume continues a training run; here give --init")
     device = setup(args)
-    source = args.init or {}
+    source = args.init or {}  # nothing: from scratch
     if args.resume and (args.out / "last.pt").exists():
         source = args.out / "last.pt"
     checkpoint = vit.open_checkpoint(source)
@@ -367,8 +369,7 @@ def main(argv=None):
     elif args.recipe == "knn":
         result = knn(args, model)
     else:
-        train(args, model)
-        return
+        return train(args, model)
     print(result)
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -530,12 +531,12 @@ def open_splits(args):
     """Training and validation images of the same classes, or InputError."""
     data = open_data(args, train=True)
     validation = open_data(args, train=False)
-    if isinstance(validation, Folder) and validation.root.name not in ("val", "valid", "test"):
-        raise vit.InputError(f"--data {args.data}: no val/ beside train/")
+    root = Path(args.data)
+    if isinstance(validation, Folder) and validation.root in (root, root / "train"):
+        raise vit.InputError(f"--data {root}: needs train/ and val/ in it")
     other = sorted(set(data.classes) ^ set(validation.classes))
     if other or "" in data.classes:
-        raise vit.InputError(f"--data {args.data}: needs a folder for each class, in train/ and "
-                             f"val/; in one of them only: {other[:5]}")
+        raise vit.InputError(f"--data {root}: needs train/CLASS, val/CLASS; only one: {other[:5]}")
     return data, validation
 
 
@@ -686,7 +687,7 @@ class Log:
         if self.args.amp == "fp16" and not math.isfinite(entry["grad_norm"]):
             del entry["grad_norm"]  # fp16 skipped this step
         if not all(map(math.isfinite, entry.values())) or self.scaler.get_scale() < 1:
-            raise vit.InputError(f"not finite, or lost in fp16: {entry}; try bf16, --clip-grad 1")
+            raise vit.InputError(f"not finite, or overflow: {entry}; try --amp bf16, --clip-grad 1")
         seconds = time.time() - self.since
         images = self.args.batch_size * self.parts / self.args.accum
         entry = {**entry, "images_per_s": images / seconds, "data_wait": self.waited / seconds}

@@ -228,6 +228,7 @@ def test_measure_does_what_is_asked_for_only(checkpoints):
     batch = torch.randn(2, 3, 12, 12)  # too few for CKA, an odd grid for Fourier
     results = analysis.measure(models, [batch], ["attention"])
     assert results["attention"]["odd"].shape == (2, 2, 12)
+    assert not results["cka"] and "fourier" not in results
     with pytest.raises(vit.InputError, match="at least 4 images"):
         analysis.measure(models, [batch], ["cka"])
 
@@ -284,13 +285,13 @@ def test_curves_show_every_scalar_of_every_script(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, complaint", [
     ("cka x=convnet.pt", "convnet.pt: no Vision Transformer"),
     ("cka a=a.pt a=b.pt", "each label once"),
-    ("cka random a=a.pt", "random: not label=path"),
+    ("cka random a=a.pt", "random: give label=path (each label once), then maybe random"),
     ("cka a=a.pt odd=odd.pt", "different sizes, in pixels: [12, 16]"),
-    ("fourier odd=odd.pt --images 4", "3 x 3 patches: an odd number has no frequency pi"),
-    ("cka a=a.pt --batch-size 3", "mini-batches of at least 4 images, not 3"),
+    ("fourier odd=odd.pt --images 4", "3 x 3 patches, odd: no frequency pi; use cka, attention"),
+    ("cka a=a.pt --batch-size 3", "at least 4 images a batch, not 3 (--batch-size, --images)"),
     ("cka a=a.pt --images 0", "--images: invalid count value: '0'"),
     ("cka a=a.pt --reference b", "--reference b: not one of a"),
-    ("cka a:x=a.pt", "a:x=a.pt: not label=path"),
+    ("cka a:x=a.pt", "a:x=a.pt: give label=path"),
     ("maps a=a.pt", "invalid choice: 'maps' (choose from"),
     ("curves absent", "absent/log.jsonl: no such file"),
 ])

@@ -413,7 +413,7 @@ def test_a_part_of_the_classes_is_evaluated_by_name(save_classifier, tmp_path, c
     assert result_of(tmp_path)["top1"] == 50  # cat is none of them: ties, the first
     other = make_folder(tmp_path / "c", ["dog", "emu"])
     message = refused(capsys, finetune, *evaluate, other)
-    assert message == "--data: not among 4 classes of --init: ['emu']"
+    assert message == "--data: 2 classes, --init: 4 with 4 names, not ['emu']"
 
 
 def test_without_class_names_the_numbers_of_classes_must_agree(save_classifier, tmp_path, capsys):
@@ -421,13 +421,28 @@ def test_without_class_names_the_numbers_of_classes_must_agree(save_classifier, 
     evaluate = ("--eval-only", "--workers", 0, "--out", tmp_path, "--data", data, "--init")
     call(finetune, *evaluate, save_classifier(3, 1))
     assert result_of(tmp_path)["top1"] == pytest.approx(100 / 3)
-    assert "not among 4 classes" in refused(capsys, finetune, *evaluate, save_classifier(4, 1))
+    message = refused(capsys, finetune, *evaluate, save_classifier(4, 1))
+    assert message.startswith("--data: 3 classes, --init: 4 with 0 names, not ['ant',")
 
 
 def test_checkpoints_hold_the_names_of_the_classes(tmp_path):
     call(finetune, *TINY, "--max-steps", 1, "--out", tmp_path)
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert last["config"]["classes"] == list(vit.TOY_CLASSES)
+
+
+def test_best_linear_probe_is_evaluated_as_in_its_log(checkpoint, tmp_path, capsys):
+    call(finetune, *SHORT, "--mode", "linear", "--init", checkpoint, "--eval-every", 1,
+         "--out", tmp_path / "linear")
+    logged = [entry for entry in log_of(tmp_path / "linear") if "top1" in entry]
+    best = max(logged, key=lambda entry: entry["top1"])
+    path = tmp_path / "linear" / "best.pt"
+    capsys.readouterr()
+    call(finetune, "--eval-only", "--init", path, "--out", tmp_path)
+    result = result_of(tmp_path)
+    assert (result["top1"], result["top5"]) == (best["top1"], best["top5"])
+    said = f"{path}: randomly initialized: nothing; unused in the file: nothing"
+    assert len(logged) == 3 and said in capsys.readouterr().out
 
 
 def test_linear_probe_reads_the_normalized_class_token(checkpoint, tmp_path, capsys):
@@ -479,10 +494,10 @@ def test_two_ranks_train_a_linear_probe(checkpoint, tmp_path):
 # ------------------------------------------------------------ data
 
 @pytest.mark.parametrize("folders, message", [
-    (("train/a", "train/b", "val/a", "val/c"), "in one of them only: ['b', 'c']"),
-    (("train/a", "train/b"), "no val/ beside train/"),
-    (("a", "b"), "no val/ beside train/"),
-    (("train", "val"), "needs a folder for each class"),
+    (("train/a", "train/b", "val/a", "val/c"), "only one: ['b', 'c']"),
+    (("train/a", "train/b"), "needs train/ and val/ in it"),
+    (("a", "b"), "needs train/ and val/ in it"),
+    (("train", "val"), "needs train/CLASS, val/CLASS"),
 ])
 def test_what_is_missing_in_a_folder_is_named(folders, message, tmp_path, capsys):
     for folder in folders:
@@ -492,11 +507,22 @@ def test_what_is_missing_in_a_folder_is_named(folders, message, tmp_path, capsys
     assert line.startswith(f"--data {tmp_path}: ") and message in line
 
 
+def test_validation_images_are_never_the_training_images(tmp_path, capsys):
+    for split in ("train", "val"):
+        make_folder(tmp_path / split, ["a", "b"])
+        for arguments in ((), ("--mode", "knn"), ("--fraction", 0.5)):
+            line = refused(capsys, finetune, "--data", tmp_path / split, *arguments)
+            assert line == f"--data {tmp_path / split}: needs train/ and val/ in it"
+
+
 @pytest.mark.parametrize("arguments, message", [
-    ("--mode linear --accum 2", "--accum: the probe's BatchNorm sees the whole batch"),
+    ("--mode linear --accum 2", "--accum: not with linear, whose BatchNorm needs the whole batch"),
     ("--eval-only", "no head, nothing to evaluate"),
     ("--eval-only --init mae.pt", "no head, nothing to evaluate"),
     ("--keep-blocks -1", "--keep-blocks: invalid choice: -1"),
+    ("--keep-blocks 7 --init mae.pt", "--keep-blocks: up to 6; not with --eval-only"),
+    ("--eval-only --keep-blocks 2 --init mae.pt", "--keep-blocks: up to 6; not with --eval-only"),
+    ("--global-pool max", "--global-pool: invalid choice: 'max'"),
 ])
 def test_bad_arguments_of_finetune_are_named_in_one_line(
         arguments, message, checkpoint, tmp_path, capsys, monkeypatch):
@@ -589,6 +615,33 @@ def test_resume_of_a_probe_takes_its_settings_from_the_default_folder(tmp_path, 
     call(finetune, *SHORT, "--mode", "linear", "--max-steps", 4)
     call(finetune, "--mode", "linear", "--resume")
     assert log_of(tmp_path / "runs" / "finetune")[-1]["step"] == 10
+
+
+@pytest.mark.parametrize("arguments", [("--eval-only",), ("--mode", "knn")])
+def test_resume_is_for_training_only(arguments, checkpoint, tmp_path, capsys):
+    """Else the run in --out would be evaluated, not the file of --init."""
+    call(finetune, *TINY, "--max-steps", 1, "--out", tmp_path / "run")
+    line = refused(capsys, finetune, *arguments, "--init", checkpoint, "--resume",
+                   "--out", tmp_path / "run")
+    assert line == "--resume continues a training run; here give --init"
+    assert not list((tmp_path / "run").glob("[ek]*.json"))
+
+
+def test_resumed_run_says_nothing_of_kept_blocks_or_a_new_head(checkpoint, tmp_path, capsys):
+    settings = (*SHORT, "--init", checkpoint, "--keep-blocks", 2, "--out", tmp_path / "run")
+    call(finetune, *settings, "--max-steps", 1)
+    out = capsys.readouterr().out
+    assert "upper blocks randomly initialized" in out and "unused in the file" in out
+    call(finetune, *settings, "--max-steps", 1, "--resume")
+    out = capsys.readouterr().out
+    assert "step 2 of 10" in out and "--keep-blocks 2" in out
+    assert "randomly initialized" not in out and "unused in the file" not in out
+
+
+def test_transfer_runs_with_the_synthetic_shapes(tmp_path, monkeypatch):
+    args, _, _ = started(monkeypatch, "--recipe", "transfer", "--img-size", 32, "--patch-size", 8,
+                         "--out", tmp_path)
+    assert (args.fraction, args.batch_size) == (1.0, 512)
 
 
 def test_sizes_are_those_of_init_or_typed(checkpoint, tmp_path, capsys):
