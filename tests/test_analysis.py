@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, SIZES, agrees, call, fill, images, refused, run
+from conftest import GOLDENS, SIZES, agrees, call, fill, images, refused
 
 import analysis
 import vit
@@ -179,10 +179,11 @@ def numbers(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def test_all_writes_each_figure_and_its_numbers(checkpoints, tmp_path):
+def test_all_writes_each_figure_and_its_numbers(checkpoints, tmp_path, capsys):
     a, b = checkpoints / "a.pt", checkpoints / "b.pt"
     settings = "--images", 40, "--batch-size", 16, "--out", tmp_path
-    said = run("analysis.py", "all", f"a={a}", f"b:6={b}", "random", *settings)
+    call(analysis, "all", f"a={a}", f"b:6={b}", "random", *settings)
+    said = capsys.readouterr().out
     assert "32 validation images of toy" in said and "b.pt, 6 heads" in said
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {"cka.png", "fourier.png", "attention.png"}

@@ -424,6 +424,22 @@ def test_bad_arguments_are_named_in_one_line(arguments, message, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [*SCRIPTS, "analysis"])
+def test_each_script_runs_from_the_shell_without_a_warning(script, tmp_path):
+    """`run` starts `python -W error SCRIPT`."""
+    torch.save(vit.vit_toy(img_size=32, patch_size=4).state_dict(), tmp_path / "encoder.pt")
+    settings = {
+        "distill": ("--teacher", tmp_path / "encoder.pt"), "detect": ("--val-scenes", 4),
+        "analysis": ("all", f"toy={tmp_path / 'encoder.pt'}", "--images", 8, "--batch-size", 8)}
+    arguments = (*settings.get(script, ()), "--out", tmp_path / "out")
+    if script != "analysis":
+        arguments = (*arguments, *EXTRA.get(script, ()), "--max-steps", 2)
+    run(f"{script}.py", *arguments)
+    assert list((tmp_path / "out").glob("*.png")) or script == "finetune"
+    assert (tmp_path / "out" / "last.pt").exists() or script == "analysis"
+
+
 def test_bad_input_from_the_shell_exits_with_2(tmp_path):
     out = run("mae.py", "--data", "nowhere", "--out", tmp_path, code=2)
     assert "error: nowhere: [Errno 2]" in out and "Traceback" not in out

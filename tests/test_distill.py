@@ -4,7 +4,7 @@ import argparse
 import pytest
 import torch
 from conftest import (
-    GOLDENS, SIZES, TEACHER, agrees, call, fill, images, log_of, noise, refused, run, value)
+    GOLDENS, SIZES, TEACHER, agrees, call, fill, images, log_of, noise, refused, value)
 
 import distill
 import mae
@@ -181,11 +181,12 @@ def test_distill_blocks_count_from_1_and_match_by_relative_depth(tmp_path):
     assert loaded(shallower, "--distill-blocks", "1,6") == ([0, 1], [0, 5])
 
 
-def test_distill_runs_from_the_command_line_and_both_losses_fall(tmp_path):
+def test_distill_learns_and_both_losses_fall(tmp_path, capsys):
     teacher = save_teacher(tmp_path / "teacher.pt")
-    text = run("distill.py", "--teacher", teacher, "--fraction", 0.02, "--epochs", 12,
-               "--batch-size", 16, "--warmup-epochs", 1, "--max-steps", 40, "--base-lr", 0.012,
-               "--workers", 0, "--out", tmp_path / "out")
+    call(distill, "--teacher", teacher, "--fraction", 0.02, "--epochs", 12, "--batch-size", 16,
+         "--warmup-epochs", 1, "--max-steps", 40, "--base-lr", 0.012, "--workers", 0,
+         "--out", tmp_path / "out")
+    text = capsys.readouterr().out
     log = log_of(tmp_path / "out")
     assert f"--teacher {teacher}: randomly initialized: nothing" in text
     assert "step 40 of 123" in text

@@ -532,9 +532,10 @@ def test_bad_arguments_of_finetune_are_named_in_one_line(
 
 # ------------------------------------------------------------ runs
 
-def test_finetune_runs_from_the_shell_and_evaluates_again(checkpoint, tmp_path):
-    out = run("finetune.py", "--init", checkpoint, "--fraction", 0.02, "--epochs", 2,
-              "--warmup-epochs", 1, "--out", tmp_path / "run")
+def test_finetune_trains_and_evaluates_again(checkpoint, tmp_path, capsys):
+    call(finetune, "--init", checkpoint, "--fraction", 0.02, "--epochs", 2, "--warmup-epochs", 1,
+         "--out", tmp_path / "run")
+    out = capsys.readouterr().out
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert "step 5 of 5" in out and {"best.pt", "last.pt", "config.json"} <= names
     before = log_of(tmp_path / "run")

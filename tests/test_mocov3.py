@@ -227,6 +227,7 @@ def half_a_batch(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_eq1_moco_two_ranks_with_half_the_batch_are_one_with_it_all(tmp_path):
     ranks = [FORKS.Process(target=half_a_batch, args=(r, str(tmp_path))) for r in range(2)]
     for process in ranks:

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDENS, SIZES, agrees, call, fill, images, log_of, refused, run
+from conftest import GOLDENS, SIZES, agrees, call, fill, images, log_of, refused
 
 import mae
 import simmim
@@ -179,9 +179,10 @@ def test_simmim_settings_of_photographs_are_the_authors():
     assert recipe.items() <= vars(args).items()
 
 
-def test_simmim_runs_from_the_command_line_learns_and_its_encoder_is_found(tmp_path):
-    out = run("simmim.py", "--out", tmp_path, "--fraction", 0.03, "--epochs", 40, "--max-steps", 24,
-              "--batch-size", 12, "--base-lr", 0.04, "--warmup-epochs", 1, "--workers", 0)
+def test_simmim_learns_and_its_encoder_is_found(tmp_path, capsys):
+    call(simmim, "--out", tmp_path, "--fraction", 0.03, "--epochs", 40, "--max-steps", 24,
+         "--batch-size", 12, "--base-lr", 0.04, "--warmup-epochs", 1, "--workers", 0)
+    out = capsys.readouterr().out
     log = log_of(tmp_path)
     for words in ("--clip-grad 5.0", "--mask-unit 8 --mask-ratio 0.6", "step 24 of "):
         assert words in out
