@@ -207,14 +207,57 @@ def test_torchrun_trains_two_ranks_and_one_of_them_prints(tmp_path):
     assert "batch 24 = 2 ranks x 1 accum x 12 images" in out and out.count("step 1 of 20") == 1
 
 
+def without_figures(script, monkeypatch):
+    """The module of a script; its runs in this process draw nothing."""
+    module = importlib.import_module(script)
+    for name in vars(module).copy():
+        if name.startswith("draw_") and name != "draw_shapes":
+            monkeypatch.setattr(module, name, no_figure)
+    return module
+
+
 @pytest.mark.slow
-def test_mixed_precision_trains_close_to_float32(tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_mixed_precision_trains_close_to_float32(script, tmp_path, monkeypatch, settings):
+    module = without_figures(script, monkeypatch)
     losses = {}
     for amp in ("off", "bf16", "fp16"):
-        call(mae, *TINY, "--max-steps", 3, "--amp", amp, "--out", tmp_path / amp)
-        losses[amp] = [entry["loss"] for entry in log_of(tmp_path / amp)]
+        out = tmp_path / amp
+        call(module, *settings(script), "--max-steps", 3, "--amp", amp, "--out", out)
+        losses[amp] = [entry["loss"] for entry in log_of(out) if "loss" in entry]
+    assert len(losses["off"]) == 3
     np.testing.assert_allclose(losses["bf16"], losses["off"], rtol=0.03)
     np.testing.assert_allclose(losses["fp16"], losses["off"], rtol=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "detect"])
+def test_compiled_runs_are_the_same_and_recompile_nothing(script, tmp_path, monkeypatch, settings):
+    """Backend: the graphs as they are, run without a compiler; what is compiled is counted."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compile_module = torch.nn.Module.compile
+    module = without_figures(script, monkeypatch)
+    write = module.Log.write
+    compiled = []
+
+    def compile_with_counter(network, **options):
+        compile_module(network, backend=counter, **options)
+
+    def count_and_write(log, step, **entry):
+        compiled.append(counter.frame_count)
+        write(log, step, **entry)
+    shared = (*settings(script), "--max-steps", 6)
+    call(module, *shared, "--out", tmp_path / "plain")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_counter)
+    monkeypatch.setattr(module.Log, "write", count_and_write)
+    call(module, *shared, "--compile", "--out", tmp_path / "compiled")
+    losses = []
+    for name in ("plain", "compiled"):
+        losses.append([entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert 0 < compiled[1] == compiled[-1]  # nothing after the second step
 
 
 def test_crops_per_image_count_as_images_of_an_epoch(tmp_path):
