@@ -40,7 +40,10 @@ def test_a_lesson_is_a_short_diff_of_mae(script, tmp_path):
     assert 0 < len(re.findall("^[<>]", diff, re.MULTILINE)) <= LESSONS[script]
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")], ids=lambda path: path.name)
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
 def test_no_line_is_wider_than_a_page(path):
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         assert len(line) <= 100, number
