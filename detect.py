@@ -1,8 +1,7 @@
 """Detection: a pre-trained ViT-Tiny as the backbone of Mask R-CNN (ViTDet, Li et al., 2022).
 
-Mask R-CNN needs large images and maps at several scales; a plain ViT has one scale and attends to
-everything. So most blocks attend inside windows, and a pyramid is made from the last map. The rest
-is torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
+Images are large: most blocks attend inside windows. A pyramid of maps is made from the last one.
+The rest is torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
 
     python detect.py                          # a laptop: synthetic scenes, minutes
     python detect.py --init runs/mae/last.pt  # from the encoder of `python mae.py`
@@ -24,7 +23,6 @@ import os
 import re
 import sys
 import time
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +62,13 @@ class RelativeAttention(vit.Attention):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
         i = torch.arange(side)
-        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)  # rows of R
+        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)  # row of R
         rows = torch.eye(side).repeat_interleave(side, dim=0)  # one-hot, (N, side)
         columns = torch.eye(side).repeat(side, 1)
         self.register_buffer("place", torch.cat([rows, columns], dim=1), persistent=False)
 
     def heads(self, x):
-        """q with a term for each row and column, k with ones at its own: the sum above is q k."""
+        """q with its scores of all rows and columns, k one-hot there: q k is the sum above."""
         q, k, v = super().heads(x)
         grid = q.unflatten(2, (self.side, self.side))
         rows = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[self.apart])
@@ -83,15 +81,13 @@ class RelativeAttention(vit.Attention):
         return q * q.shape[-1] ** 0.5, F.pad(k, zeros), v  # attention divides by this root
 
     def forward(self, x):
-        """`(B, H * H, D) -> (B, H * H, D)`, a map row by row; zeros fill its last windows."""
+        """`(B, H * H, D) -> (B, H * H, D)`, a map row by row, its last windows padded with 0."""
         H = math.isqrt(x.shape[1])
-        side = self.side
-        zeros = -H % side
+        zeros = -H % self.side
         x = F.pad(x.unflatten(1, (H, H)), (0, 0, 0, zeros, 0, zeros))
-        x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-        windows = x.flatten(3, 4)  # (B, rows, columns, side * side, D)
-        x = super().forward(windows.flatten(0, 2)).view(windows.shape)
-        x = x.unflatten(3, (side, side)).transpose(2, 3)  # (B, rows, side, columns, side, D)
+        x = x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side)).transpose(2, 3)
+        tokens = super().forward(x.flatten(3, 4).flatten(0, 2))  # (windows, side * side, D)
+        x = tokens.view(x.shape).transpose(2, 3)  # (B, rows, side, columns, side, D)
         return x.flatten(3, 4).flatten(1, 2)[:, :H, :H].flatten(1, 2)
 
 
@@ -157,7 +153,7 @@ def detector(args, num_classes):
     `model(images, targets)` of images `(3, H, W)`, 0 to 255, gives losses; in evaluation
     `model(images)` gives boxes `(n, 4)`, labels, scores `(n,)`, masks `(n, 1, H, W)` of each.
     """
-    # torchvision's own are half a pixel off; these are detectron2's.
+    # torchvision's are half a pixel off. It looks them up by name: these replace them.
     poolers.roi_align = functools.partial(roi_align, aligned=True)
     roi_heads.project_masks_on_boxes = mask_targets
     transform.paste_masks_in_image = paste_masks
@@ -169,7 +165,7 @@ def detector(args, num_classes):
     backbone = SimplePyramid(encoder, S, args.window, C)
     maps = list(range(len(backbone.levels)))
     model = MaskRCNN(
-        backbone, image_mean=vit.MEAN.flatten().tolist(), image_std=vit.STD.flatten().tolist(),
+        backbone, image_mean=vit.MEAN.flatten(), image_std=vit.STD.flatten(),
         min_size=S, max_size=S, size_divisible=S,  # longest side; padded to a square
         rpn_anchor_generator=unrounded_anchors(backbone.strides),
         rpn_head=rpn.RPNHead(C, 3, conv_depth=2), rpn_batch_size_per_image=sizes["anchors"],
@@ -215,7 +211,7 @@ def scale_by_the_square(model, S):
 
 
 def mask_targets(masks, boxes, matched, size):
-    """What boxes `(n, 4)` show of `masks[matched]`, `(n, size, size)`, 0 or 1."""
+    """`masks[matched]` inside their boxes `(n, 4)`, resized to `(n, size, size)`, 0 or 1."""
     rois = torch.cat([matched[:, None], boxes], dim=1)
     return (roi_align(masks[:, None].float(), rois, size, aligned=True)[:, 0] >= 0.5).float()
 
@@ -237,10 +233,9 @@ def pixel_weights(low, high, pixels, M):
 
 # ------------------------------------------------------------ average precision
 
-# A detection hits an object if they overlap by a threshold. Each, best first, adds a point (recall,
-# precision); AP is the area under this curve, a mean over ten thresholds and all classes.
+# A detection hits an object if they overlap by a threshold. Detections, best first, add points
+# (recall, precision). AP is the area under this curve, a mean over ten thresholds and all classes.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0, 1, 101)
 AREAS = [(0, 1e10), (0, 1024), (1024, 9216), (9216, 1e10)]  # all, small, medium, large: pixels
 
 
@@ -257,8 +252,9 @@ def compare(output, truth):
         "mask": ((masks @ true_masks.T).double(), masks.sum(dim=1), true_masks.sum(dim=1))}
     record = {}
     for kind, (shared, area, true_area) in sizes.items():
-        union = torch.where(truth["crowd"], area[:, None], area[:, None] + true_area - shared)
-        overlaps = shared / union.clamp(min=1e-9)  # of a crowd: the share inside it
+        union = area[:, None] + true_area - shared
+        union = torch.where(truth["crowd"], area[:, None], union)  # a crowd: the detection itself
+        overlaps = shared / union.clamp(min=1e-9)
         for c in {*output["labels"].tolist(), *truth["labels"].tolist()}:
             found = (output["labels"] == c).nonzero()[:100, 0]
             true = (truth["labels"] == c).nonzero()[:, 0]
@@ -270,17 +266,15 @@ def compare(output, truth):
 
 
 def class_precision(images, low, high, threshold):
-    """AP of one class, of objects of an area from low to high, at one threshold of overlap.
-
-    An object is hit once, a crowd many times; neither crowds nor objects of other areas count.
-    """
+    """AP of one class at one threshold. Crowds and objects of other areas do not count."""
     scores, hits = [], []
     objects = 0
     for image in images:
         crowd = image["crowd"]
-        counts = [low <= area <= high and not c for area, c in zip(image["true_area"], crowd)]
+        sized = [low <= area <= high for area in image["true_area"]]
+        counts = [fits and not is_crowd for fits, is_crowd in zip(sized, crowd)]
         objects += sum(counts)
-        taken = set()
+        taken = set()  # an object is hit once, a crowd many times
         for score, area, overlaps in zip(image["scores"], image["area"], image["overlaps"]):
             fits = [(counts[j], overlap, j) for j, overlap in enumerate(overlaps)
                     if overlap >= threshold and (crowd[j] or j not in taken)]
@@ -297,15 +291,12 @@ def class_precision(images, low, high, threshold):
     hits = np.array(hits, bool)[order].cumsum()
     precision = hits / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or higher
-    at = np.searchsorted(hits / objects, RECALLS)
+    at = np.searchsorted(hits / objects, np.linspace(0, 1, 101))  # recalls
     return np.append(precision, 0)[at].mean()  # 0: a recall that is not reached
 
 
 def average_precision(records, num_classes, kind):
-    """COCO's numbers in percent, where there are objects; equals pycocotools to 1e-9.
-
-    records: `compare` of each image, in order of image id; kind: "box" or "mask".
-    """
+    """COCO's numbers in percent from `compare` of each image in order of id; as pycocotools."""
     table = np.empty((num_classes, len(AREAS), len(THRESHOLDS)))
     for c in range(num_classes):
         images = [record[kind, c + 1] for record in records if (kind, c + 1) in record]
@@ -324,7 +315,7 @@ def settings(parser):
     add("--pretrain-size", type=count, default=224, help="--img-size of pre-training")
     add("--patch-size", type=count, default=16, help="patch side in pixels")
     add("--window", type=count, default=14, help="side of a window, in patches")
-    add("--heads", default="full", choices=HEADS, help="size of the detector's heads")
+    add("--heads", default="full", choices=HEADS, help="sizes of RPN, box and mask head")
     add("--num-heads", type=count, default=12, help="of the encoder; DeiT-Tiny has 3")
     add("--min-scale", type=amount, default=0.1, help="smallest image, in --img-size")
     add("--max-scale", type=amount, default=2.0, help="largest image, cropped to --img-size")
@@ -382,7 +373,7 @@ def collate(samples):
 
 
 def step_decay(step, steps, warmup, lr):
-    """Linear warm-up from a thousandth; a tenth after 24/27 of the steps, a hundredth at 26/27."""
+    """A thousandth, linear warm-up; a tenth after 24/27 of the steps, a hundredth at 26/27."""
     rise = min(1, 0.001 + 0.999 * step / max(1, warmup))
     drops = (step >= steps * 24 / 27) + (step >= steps * 26 / 27)
     return lr * rise * 0.1 ** drops
@@ -455,13 +446,14 @@ def train(args):
 
 def evaluate_only(args):
     """The detector in --init, or in --out, with its sizes and classes; writes beside it."""
-    device = setup(args)
     path = Path(args.init or args.out / "last.pt")
     checkpoint = vit.open_checkpoint(path)
     config = checkpoint.get("config", {})
     if "classes" not in config:
         raise vit.InputError(f"{path}: not a detector of detect.py")
     args.img_size = config["img_size"]  # of synthetic scenes
+    args.batch_size = WORLD * args.accum  # nothing is trained: any number of ranks
+    device = setup(args)
     data = open_scenes(args, train=False, classes=config["classes"])
     model = detector(argparse.Namespace(**config), len(data.classes))
     model.load_state_dict(checkpoint["model"])
@@ -470,7 +462,7 @@ def evaluate_only(args):
 
 @torch.no_grad()
 def evaluate(model, data, device, path):
-    """Prints and writes AP, and draws; each image is seen by one rank, in float32."""
+    """Prints and writes AP, and draws; each image is seen by one rank, without autocast."""
     model.eval()
     records = []
     shown = []
@@ -557,7 +549,7 @@ class ToyScenes(Dataset):
         labels = torch.from_numpy(labels)[seen] + 1
         return image, {
             "masks": masks, "labels": labels, "boxes": mask_boxes(masks),
-            "area": masks.sum(dim=(1, 2)).double(), "crowd": labels == 0}
+            "area": masks.sum(dim=(1, 2)).double(), "crowd": torch.zeros_like(labels).bool()}
 
 
 class Coco(Dataset):
@@ -590,10 +582,7 @@ class Coco(Dataset):
 
 
 def read_listing(root, train, classes=None):
-    """Class names (given: training's), images in order of id, kinds of AP.
-
-    All is checked; an InputError names file and annotation.
-    """
+    """Class names (given: training's), images in order of id, kinds of AP, or InputError."""
     folder = root / "train" if train else root / "valid"
     path = folder / "_annotations.coco.json"  # Roboflow's
     if not path.exists():
@@ -601,12 +590,12 @@ def read_listing(root, train, classes=None):
         path = root / "annotations" / f"instances_{folder.name}.json"
     place = path
     images = {}
-    crowds = boxed = points = 0
+    objects = crowds = boxed = points = 0
     try:
         listing = json.loads(path.read_text(encoding="utf-8-sig"))  # also with a byte order mark
         names = {entry["id"]: entry["name"] for entry in listing["categories"]}
         classes = classes or list(dict.fromkeys(names[number] for number in sorted(names)))
-        for entry in sorted(listing["images"], key=itemgetter("id")):
+        for entry in listing["images"]:
             name = entry["file_name"].replace("\\", "/")
             file = folder / name if (folder / name).is_file() else root / name
             if not file.is_file():
@@ -619,10 +608,10 @@ def read_listing(root, train, classes=None):
             name = names.get(category)
             if name not in classes or image not in images:
                 raise ValueError(f"no image {image} or category {category}: {name}, not {classes}")
-            x, y, width, height = box = entry["bbox"]
+            x, y, width, height = entry["bbox"]
             right, bottom = x + width, y + height
-            if not (width >= 0 and height >= 0 and math.isfinite(right + bottom)):
-                raise ValueError(f"bbox {box}")
+            if min(width, height) < 0 or not math.isfinite(right + bottom):
+                raise ValueError(f"bbox {entry['bbox']}")
             outline = entry.get("segmentation")
             if outline in (None, [], [[]]):
                 outline = [[x, y, right, y, right, bottom, x, bottom]]
@@ -632,16 +621,17 @@ def read_listing(root, train, classes=None):
             area = float(entry.get("area", -1))  # below 0: the mask's
             crowd = entry.get("iscrowd") == 1
             crowds += crowd
+            objects += bool(outline) and not crowd
+            numbers = [1 + classes.index(name), x, y, right, bottom, area, crowd]
             if outline and not (train and crowd):
-                numbers = [1 + classes.index(name), x, y, right, bottom, area, crowd]
                 images[image]["objects"].append({"outline": outline, "numbers": numbers})
     except KeyError as error:
         raise vit.InputError(f"{place}: no {error}") from None
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise vit.InputError(f"{place}: {error}") from None
-    if crowds == len(listing["annotations"]):
+    if objects == 0:
         raise vit.InputError(f"{path}: lists no objects, {crowds} crowds")
-    chosen = [image for image in images.values() if image["objects"] or not train]
+    chosen = [image for _, image in sorted(images.items()) if image["objects"] or not train]
     print(f"{path}: left out {len(images) - len(chosen):,} images without objects, {points:,} "
           f"objects of less than three points; {boxed:,} objects have no outline but their box")
     return classes, chosen, ["box"] if boxed else ["box", "mask"]
@@ -658,58 +648,49 @@ def check_outline(outline, image):
         image["size"] = size
     if size != image["size"] or sum(runs) != math.prod(size) or min(runs) < 0:
         raise ValueError(f"run lengths of {size} in an image of {image['size']}")
-    return {"size": size, "counts": runs}
+    return {"counts": runs}
 
 
 def run_lengths(counts):
-    """Lengths of runs of 0, 1, 0, ... from a list, or a string with five bits a character.
-
-    A sixth bit says that more follow, higher ones; the last bit is the sign. From the fourth on,
-    numbers are differences from the last but one.
-    """
+    """Lengths of runs of 0, 1, 0, ... from a list, or a string with five bits a character."""
     if isinstance(counts, list):
         return counts
     lengths = []
-    for characters in re.findall("[P-o]*[0-O]", counts):
+    for characters in re.findall("[P-o]*[0-O]", counts):  # a number; lowest bits first
         bits = [ord(character) - 48 for character in characters]
         value = sum((five & 31) << 5 * k for k, five in enumerate(bits))
-        if bits[-1] & 16:
+        if bits[-1] & 16:  # below zero
             value -= 1 << 5 * len(bits)
-        if len(lengths) > 2:
+        if len(lengths) > 2:  # a difference from the last but one
             value += lengths[-2]
         lengths.append(value)
     return lengths
 
 
 def read_upright(path, size):
-    """An RGB image, turned as its EXIF says if its listed size [height, width] is that one's."""
+    """An RGB image; turned as its EXIF says unless only the file has the size [height, width]."""
     image = read_image(path)
     for view in (ImageOps.exif_transpose(image), image):
         if min(size) < 1 or [view.height, view.width] == size:
             return view
-    raise vit.InputError(f"{path}: {image.height} x {image.width} pixels, "
-                         f"{size[0]} x {size[1]} in the listing")
+    raise vit.InputError(f"{path}: {image.height} x {image.width} pixels, {size} in the listing")
 
 
 def object_mask(outline, height, width):
-    """COCO's polygons or run lengths as `(height, width)`, 0 or 1.
-
-    PIL fills all that a border touches: drawn 5 times as large, sampled at pixel centers, 0.3% of
-    the pixels of real masks differ from pycocotools'.
-    """
+    """COCO's polygons or run lengths as `(height, width)`, 0 or 1."""
     if isinstance(outline, dict):
         runs = outline["counts"]
         bits = np.arange(len(runs), dtype=np.uint8) % 2
         return np.repeat(bits, runs).reshape(width, height).T  # column by column
     mask = np.zeros((height, width), np.uint8)
-    for polygon in outline:
-        points = np.array(polygon).reshape(-1, 2)  # x, y
+    for polygon in outline:  # drawn 5 times as large, as PIL fills all that a border touches
+        points = np.reshape(polygon, (-1, 2))  # x, y
         left, top = np.clip(points.min(axis=0).astype(int) - 1, 0, [width, height])
-        right, bottom = np.clip(np.ceil(points.max(axis=0)).astype(int), 0, [width, height])
+        right, bottom = np.clip(points.max(axis=0).astype(int) + 1, 0, [width, height])
         canvas = Image.new("L", (5 * (right - left), 5 * (bottom - top)))
         corners = 5 * points - 0.5 - [5 * left, 5 * top]
         ImageDraw.Draw(canvas).polygon(corners.flatten().tolist(), fill=1)
-        mask[top:bottom, left:right] |= np.array(canvas)[2::5, 2::5]
+        mask[top:bottom, left:right] |= np.array(canvas)[2::5, 2::5]  # pixel centers
     return mask
 
 
@@ -718,6 +699,8 @@ def main(argv=None):
     if not math.log2(args.patch_size).is_integer() or args.img_size % (2 * args.patch_size):
         raise vit.InputError(f"--patch-size {args.patch_size}: not a power of 2 "
                              "that divides half of --img-size")
+    if args.min_scale < 1 / 32:
+        raise vit.InputError(f"--min-scale {args.min_scale}: give at least 1/32")
     if args.eval_only:
         evaluate_only(args)
     else:

@@ -190,7 +190,7 @@ def build(args, checkpoint):
         if not resumed:
             print(f"{args.init}: {report}")
     else:
-        sizes.setdefault("img_size", IMG_SIZES[args.preset])
+        sizes = {"img_size": IMG_SIZES[args.preset], "global_pool": "token", **sizes}
         model = vit.ARCHS[args.arch](patch_size=args.patch_size, **sizes)
         vit.init_weights(model, "truncated")
     if args.keep_blocks is not None and not resumed:

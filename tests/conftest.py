@@ -113,7 +113,8 @@ def agrees(tensor, golden, tolerance=1e-6):
 
 def begin(script, *arguments, ranks=1, **popen):
     """Starts `python -W error script ...`, or torchrun with several gloo ranks: the process."""
-    launcher = [sys.executable, "-W", "error"]
+    torchs_own = "ignore:Implicitly cleaning up:ResourceWarning"  # a folder of torch 2.6
+    launcher = [sys.executable, "-W", "error", "-W", torchs_own]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
                     f"--master_port={free_port()}"]

@@ -393,7 +393,7 @@ def test_images_are_turned_as_exif_says_where_the_listing_has_that_size(tmp_path
     write_split(tmp_path, "train2017", [listed()], pixels=turned(6))
     assert opened(tmp_path)[0][0].shape == (3, 40, 60)
     write_split(tmp_path, "train2017", [listed()], image=upright)
-    with pytest.raises(vit.InputError, match="a.png: 40 x 60 .* 60 x 40 in the listing"):
+    with pytest.raises(vit.InputError, match=r"a.png: 40 x 60 .*, \[60, 40\] in the listing"):
         _ = opened(tmp_path)[0]
 
 
@@ -695,6 +695,7 @@ def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
     assert "--patch-size 5" in refused(capsys, detect, "--patch-size", 5)
     line = refused(capsys, detect, "--patch-size", 14, "--img-size", 224)
     assert "not a power of 2" in line  # torchvision rounds strides
+    assert "--min-scale 0.0" in refused(capsys, detect, "--min-scale", 0)
     assert "half of --img-size" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)
     path = coco / "annotations" / "instances_train2017.json"
     text = path.read_text()
@@ -755,11 +756,19 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     pytest.fail(f"{len(alive)} workers live on")
 
 
+def test_objects_that_are_all_dropped_are_refused_before_training(tmp_path, capsys):
+    write_split(tmp_path, "train2017", [listed()])
+    write_split(tmp_path, "val2017", [listed(segmentation=[[1, 1, 9, 9]])])
+    words = "--preset", "toy", "--batch-size", 1, "--out", tmp_path / "run"
+    assert "lists no objects, 0 crowds" in refused(capsys, detect, "--data", tmp_path, *words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_detect_evaluates_scenes_of_the_checkpoints_size(toy_run, tmp_path):
-    """Whatever sizes and heads are typed, those of training are used."""
+    """Whatever sizes, heads and micro-batches are typed, those of training are used."""
     checkpoint = torch.load(toy_run / "last.pt", weights_only=True)
     call(detect, *SHORT, "--eval-only", "--init", toy_run / "last.pt", "--img-size", 96,
-         "--num-heads", 6)
+         "--num-heads", 6, "--accum", 3)
     assert checkpoint["config"]["img_size"] != 96
     evaluation = json.loads((toy_run / "evaluation.json").read_text())
     assert evaluation == json.loads((toy_run / "detections.json").read_text())
