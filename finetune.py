@@ -142,7 +142,7 @@ RECIPES = {  # what differs from the defaults and the preset; these win
                      base_lr=0.05, weight_decay=0.0, layer_decay=0.75, clip_grad=1.0, eval_every=1),
     "linear": dict(global_pool=None, randaug=0, mixup=0.0, epochs=90, warmup_epochs=10,
                    optimizer="sgd", base_lr=0.75, min_lr=0.0, weight_decay=0.0),
-    "knn": dict(global_pool=None, fraction=1.0),  # None: as in --init
+    "knn": dict(global_pool=None, fraction=1.0),  # None: as in --init, or token
     "eval": dict(global_pool=None)}
 IMG_SIZES = {"photos": 224, "small": 32, "toy": 32}  # from scratch, by --preset
 

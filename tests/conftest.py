@@ -113,8 +113,9 @@ def agrees(tensor, golden, tolerance=1e-6):
 
 def begin(script, *arguments, ranks=1, **popen):
     """Starts `python -W error script ...`, or torchrun with several gloo ranks: the process."""
-    torchs_own = "ignore:Implicitly cleaning up:ResourceWarning"  # a folder of torch 2.6
-    launcher = [sys.executable, "-W", "error", "-W", torchs_own]
+    launcher = [sys.executable, "-W", "error"]
+    if torch.__version__.startswith("2.6."):  # it leaves a folder of its own behind
+        launcher += ["-W", "ignore:Implicitly cleaning up:ResourceWarning"]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
                     f"--master_port={free_port()}"]
@@ -135,6 +136,17 @@ def run(script, *arguments, code=0, **kw):
 def call(module, *arguments):
     """Runs a script's `main` in this process; what it writes to stdout can be captured."""
     module.main([str(argument) for argument in arguments])
+
+
+def draw_nothing(module, monkeypatch):
+    """Leaves out a script's figures: most of a short run, and other tests look at them."""
+    for name in vars(module).copy():
+        if name.startswith("draw_") and name != "draw_shapes":
+            monkeypatch.setattr(module, name, no_figure)
+
+
+def no_figure(*args, **kw):
+    pass
 
 
 def refused(capsys, module, *arguments):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import FORKS, ROOT, SCRIPTS, begin, call, finish, free_port, log_of, refused, run
-from conftest import same_state
+from conftest import (
+    FORKS, ROOT, SCRIPTS, begin, call, draw_nothing, finish, free_port, log_of, refused, run,
+    same_state)
 
 import mae
 import vit
@@ -44,18 +45,12 @@ def forked(script, arguments, rank, ranks, port, errors):
     module.RANK = rank
     module.LOCAL_RANK = rank
     module.WORLD = ranks
-    for name in vars(module).copy():  # figures, most of a short run, are tested elsewhere
-        if name.startswith("draw_") and name != "draw_shapes":
-            setattr(module, name, no_figure)
+    draw_nothing(module, pytest.MonkeyPatch())
     try:
         module.main(arguments)
     except vit.InputError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
-
-
-def no_figure(*args, **kw):
-    pass
 
 
 def launch(script, *arguments, ranks=1, last_rank=(), errors=os.devnull):
@@ -118,8 +113,8 @@ def settings(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    """Runs in this process leave out the figures that other tests look at."""
-    monkeypatch.setattr(mae, "draw_reconstructions", no_figure)
+    """Of runs in this process."""
+    draw_nothing(mae, monkeypatch)
 
 
 # ------------------------------------------------------------ exactness
@@ -207,19 +202,11 @@ def test_torchrun_trains_two_ranks_and_one_of_them_prints(tmp_path):
     assert "batch 24 = 2 ranks x 1 accum x 12 images" in out and out.count("step 1 of 20") == 1
 
 
-def without_figures(script, monkeypatch):
-    """The module of a script; its runs in this process draw nothing."""
-    module = importlib.import_module(script)
-    for name in vars(module).copy():
-        if name.startswith("draw_") and name != "draw_shapes":
-            monkeypatch.setattr(module, name, no_figure)
-    return module
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_mixed_precision_trains_close_to_float32(script, tmp_path, monkeypatch, settings):
-    module = without_figures(script, monkeypatch)
+    module = importlib.import_module(script)
+    draw_nothing(module, monkeypatch)
     losses = {}
     for amp in ("off", "bf16", "fp16"):
         out = tmp_path / amp
@@ -238,7 +225,8 @@ def test_compiled_runs_are_the_same_and_recompile_nothing(script, tmp_path, monk
     torch._dynamo.reset()
     counter = CompileCounter()
     compile_module = torch.nn.Module.compile
-    module = without_figures(script, monkeypatch)
+    module = importlib.import_module(script)
+    draw_nothing(module, monkeypatch)
     write = module.Log.write
     compiled = []
 
@@ -468,19 +456,20 @@ def test_bad_arguments_are_named_in_one_line(arguments, message, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [*SCRIPTS, "analysis"])
-def test_each_script_runs_from_the_shell_without_a_warning(script, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_runs_from_the_shell_without_a_warning(script, tmp_path, settings):
     """`run` starts `python -W error SCRIPT`."""
-    torch.save(vit.vit_toy(img_size=32, patch_size=4).state_dict(), tmp_path / "encoder.pt")
-    settings = {
-        "distill": ("--teacher", tmp_path / "encoder.pt"), "detect": ("--val-scenes", 4),
-        "analysis": ("all", f"toy={tmp_path / 'encoder.pt'}", "--images", 8, "--batch-size", 8)}
-    arguments = (*settings.get(script, ()), "--out", tmp_path / "out")
-    if script != "analysis":
-        arguments = (*arguments, *EXTRA.get(script, ()), "--max-steps", 2)
-    run(f"{script}.py", *arguments)
+    run(f"{script}.py", *settings(script), "--max-steps", 2, "--out", tmp_path / "out")
     assert list((tmp_path / "out").glob("*.png")) or script == "finetune"
-    assert (tmp_path / "out" / "last.pt").exists() or script == "analysis"
+    assert (tmp_path / "out" / "last.pt").exists()
+
+
+@pytest.mark.slow
+def test_analysis_runs_from_the_shell_without_a_warning(tmp_path):
+    torch.save(vit.vit_toy(img_size=32, patch_size=4).state_dict(), tmp_path / "encoder.pt")
+    run("analysis.py", "all", f"toy={tmp_path / 'encoder.pt'}", "--images", 8, "--batch-size", 8,
+        "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
 def test_bad_input_from_the_shell_exits_with_2(tmp_path):

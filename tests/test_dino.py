@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import FORKS, GOLDENS, SIZES, agrees, call, fill, finish, images, log_of, refused
+from conftest import (
+    FORKS, GOLDENS, SIZES, agrees, call, draw_nothing, fill, finish, images, log_of, refused)
 from torch.nn.parallel import DistributedDataParallel
 
 import dino
@@ -65,10 +66,6 @@ def crop_by_crop(x):
 def outputs():
     """Student, teacher and center of the golden loss: 2 global and 3 local crops of 4 images."""
     return 0.2 * random(22, 20, 32), 0.2 * random(23, 8, 32), 0.1 * random(24, 1, 32)
-
-
-def no_figure(*args):
-    """In place of the figures, which take most of a short run."""
 
 
 # ------------------------------------------------------------ published numbers
@@ -387,8 +384,7 @@ def test_a_run_logs_the_indicators_and_its_teacher_is_what_is_read(tmp_path):
 
 
 def test_clip_grad_0_clips_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(dino, "draw_curves", no_figure)
-    monkeypatch.setattr(dino, "draw_attention", no_figure)
+    draw_nothing(dino, monkeypatch)
     norms = []
     for largest in (0, 1e6):
         out = tmp_path / str(largest)
@@ -418,8 +414,7 @@ def test_train_raises_the_decay_clips_and_freezes_the_last_layer(tmp_path, monke
         return clip_each(parameters, largest)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
     monkeypatch.setattr(dino, "clip_each", record)
-    monkeypatch.setattr(dino, "draw_curves", no_figure)
-    monkeypatch.setattr(dino, "draw_attention", no_figure)
+    draw_nothing(dino, monkeypatch)
     run = ("--epochs", 2, "--max-steps", 12, "--weight-decay-end", 0.4)  # an epoch: 10.25 steps
     call(dino, "--out", tmp_path / "run", *TINY, *run)
     rising = [dino.cosine(step, 20, 0.04, 0.4) for step in range(12)]
@@ -439,7 +434,7 @@ def test_train_raises_the_decay_clips_and_freezes_the_last_layer(tmp_path, monke
 
 
 def test_init_starts_student_and_teacher_from_the_file(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dino, "draw_attention", no_figure)
+    draw_nothing(dino, monkeypatch)
     torch.manual_seed(3)
     torch.save(toy_encoder("token").state_dict(), tmp_path / "start.pt")
     run = ("--out", tmp_path / "run", *TINY, "--max-steps", 1)

@@ -466,6 +466,12 @@ def test_knn_finds_training_images_among_themselves(checkpoint, tmp_path, monkey
     assert result_of(tmp_path, "knn.json")["top1"] == 100
 
 
+def test_knn_of_an_untrained_network_takes_the_class_token_too(tmp_path, capsys):
+    call(finetune, *TINY, "--mode", "knn", "--fraction", 0.01, "--out", tmp_path)
+    assert "feature: --global-pool token" in capsys.readouterr().out
+    assert result_of(tmp_path, "knn.json")["top1"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--mode", "knn"), ("--eval-only",)])
 def test_two_ranks_evaluate_as_one(arguments, image_folder, tmp_path):

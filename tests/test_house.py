@@ -13,7 +13,7 @@ SHARED = plumbing((ROOT / "mae.py").read_text())
 LESSONS = {"distill": 120, "simmim": 150}  # changed lines above the plumbing, against mae.py
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "analysis"])
 def test_plumbing_of_one_name_is_one_text(script):
     """`python tests/plumbing.py` copies mae.py's."""
     own = plumbing((ROOT / f"{script}.py").read_text())
@@ -22,7 +22,7 @@ def test_plumbing_of_one_name_is_one_text(script):
         assert own[name] == SHARED[name], name
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "analysis"])
 def test_a_script_has_no_plumbing_that_it_does_not_use(script):
     text = (ROOT / f"{script}.py").read_text()
     for name in plumbing(text).keys() - {"__main__"}:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FORKS, GOLDENS, SIZES, agrees, call, fill, finish, images, log_of, refused
+from conftest import (
+    FORKS, GOLDENS, SIZES, agrees, call, draw_nothing, fill, finish, images, log_of, refused)
 from torch.nn.parallel import DistributedDataParallel
 
 import mocov3
@@ -25,10 +26,6 @@ def golden_encoder(global_pool):
 
 def toy_encoder(global_pool):
     return vit.vit_toy(img_size=32, patch_size=8, global_pool=global_pool)
-
-
-def no_figure(*args):
-    """In place of the figures, which take most of a short run."""
 
 
 def moco(dtype=torch.float64, scale=1.0, **kw):
@@ -378,7 +375,7 @@ def test_weight_decay_reaches_all_and_only_the_base_encoder_learns(tmp_path, mon
             super().__init__(parameters, **options)
             made.append(self)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    monkeypatch.setattr(mocov3, "draw_curves", no_figure)
+    draw_nothing(mocov3, monkeypatch)
     call(mocov3, "--out", tmp_path / "run", *TINY, "--max-steps", 1)
     group, = made[0].param_groups
     model = mocov3.MoCoV3(toy_encoder, 16, 32)

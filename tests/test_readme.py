@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, call
+from conftest import ROOT, SCRIPTS, call, draw_nothing
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -62,9 +62,8 @@ def test_readme_command_runs(command, workplace, monkeypatch, tmp_path):
     script = name.removesuffix(".py")
     module = __import__(script)
     monkeypatch.chdir(workplace)
-    for figure in vars(module).copy():
-        if figure.startswith("draw_") and script != "analysis":
-            monkeypatch.setattr(module, figure, no_figure)
+    if script != "analysis":
+        draw_nothing(module, monkeypatch)
     arguments = tiny(script, words[words.index(name) + 1:])
     out = workplace / "runs" / "mae"
     if "--resume" not in words:
@@ -72,10 +71,6 @@ def test_readme_command_runs(command, workplace, monkeypatch, tmp_path):
         arguments += ["--out", str(out)]
     call(module, *arguments)
     assert list(out.glob("*.json*"))  # the log, the result or an analysis
-
-
-def no_figure(*args, **kw):
-    pass
 
 
 def test_readme_begins_with_the_two_commands():

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDENS, SIZES, agrees, call, fill, images, log_of, refused
+from conftest import GOLDENS, SIZES, agrees, call, draw_nothing, fill, images, log_of, refused
 
 import mae
 import simmim
@@ -196,10 +196,6 @@ def test_simmim_learns_and_its_encoder_is_found(tmp_path, capsys):
     assert report.unused == ["mask_token", "decoder.weight", "decoder.bias"]
 
 
-def no_figure(*args):
-    """In place of the figure, which takes most of a short run."""
-
-
 def test_simmim_trains_with_the_masks_and_the_optimizer_of_its_settings(tmp_path, monkeypatch):
     masks = []
     made = []
@@ -214,7 +210,7 @@ def test_simmim_trains_with_the_masks_and_the_optimizer_of_its_settings(tmp_path
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
             made.append(self)
-    monkeypatch.setattr(simmim, "draw_reconstructions", no_figure)
+    draw_nothing(simmim, monkeypatch)
     monkeypatch.setattr(simmim.SimMIM, "forward", recorded)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
     call(simmim, "--fraction", 0.01, "--batch-size", 4, "--max-steps", 2, "--mask-unit", 16,
