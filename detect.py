@@ -1,17 +1,15 @@
 """Detection: a pre-trained ViT-Tiny as the backbone of Mask R-CNN (ViTDet, Li et al., 2022).
 
-Images are large: most blocks attend inside windows. A pyramid of maps is made from the last one.
+Most blocks attend inside windows. A pyramid of maps is made from the last one.
 The rest is torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
 
-    python detect.py                          # a laptop: synthetic scenes, minutes
-    python detect.py --init runs/mae/last.pt  # from the encoder of `python mae.py`
-    python detect.py --data DIR --init mae_tiny.pth --accum 8  # one GPU; --preset small: 224 px
+    python detect.py --init runs/mae/last.pt  # a laptop: synthetic scenes, minutes
     torchrun --nproc_per_node=8 detect.py --data DIR --init mae_tiny.pth  # the authors' run
-    python detect.py --data DIR --init runs/detect/last.pt --eval-only    # writes beside it
+    python detect.py --data DIR --init runs/detect/last.pt --eval-only  # writes beside it
 
 DIR: COCO's annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/
-and valid/. Results in --out: config.json, log.jsonl, last.pt, detections.json, detections.png.
-Ranks draw their own anchors and boxes to train on: N ranks do not repeat the run of one.
+and valid/. Results in --out: log.jsonl, last.pt, detections.json, detections.png.
+Ranks draw their own anchors and boxes: N ranks do not repeat the run of one.
 Shapes: B images, D width, h heads, d = D / h, S image side; boxes are (x1, y1, x2, y2).
 """
 import argparse
@@ -23,6 +21,7 @@ import os
 import re
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ from tqdm import tqdm
 import vit
 
 
-# ------------------------------------------------------------ the method
+# ---------- the method
 
 LayerNorm2d = functools.partial(convnext.LayerNorm2d, eps=1e-6)  # over C of (B, C, H, W)
 
@@ -61,21 +60,19 @@ class RelativeAttention(vit.Attention):
         self.side = side
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
-        i = torch.arange(side)
-        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)  # row of R
-        rows = torch.eye(side).repeat_interleave(side, dim=0)  # one-hot, (N, side)
-        columns = torch.eye(side).repeat(side, 1)
-        self.register_buffer("place", torch.cat([rows, columns], dim=1), persistent=False)
 
     def heads(self, x):
         """q with its scores of all rows and columns, k one-hot there: q k is the sum above."""
         q, k, v = super().heads(x)
+        i = torch.arange(self.side, device=x.device)
+        apart = i[:, None] - i + self.side - 1  # row of R
         grid = q.unflatten(2, (self.side, self.side))
-        rows = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[self.apart])
-        columns = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[self.apart])
+        rows = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[apart])
+        columns = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[apart])
         relative = torch.cat([rows, columns], dim=-1).flatten(2, 3)  # (B, h, N, 2 side)
         q = torch.cat([q * q.shape[-1] ** -0.5, relative], dim=-1)
-        k = torch.cat([k, self.place.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
+        place = F.one_hot(torch.cartesian_prod(i, i), self.side).flatten(1)  # (N, 2 side)
+        k = torch.cat([k, place.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
         zeros = (0, -q.shape[-1] % 8)  # a GPU's fast attention needs multiples of 8
         q = F.pad(q, zeros)
         return q * q.shape[-1] ** 0.5, F.pad(k, zeros), v  # attention divides by this root
@@ -94,8 +91,8 @@ class RelativeAttention(vit.Attention):
 class SimplePyramid(nn.Module):
     """A plain ViT's last map at 4, 2, 1, 1/2 and 1/4 times its size (ViTDet, Fig. 2).
 
-    Blocks attend inside windows, the last of each quarter globally. The position is now trained;
-    the class token and the norm go unused. No map has a stride below 2 pixels.
+    Blocks attend inside windows, the last of each quarter globally. Position is trained; class
+    token and norm are unused. No map has a stride below 2 pixels.
     """
 
     def __init__(self, encoder, img_size, window=14, channels=256):
@@ -113,9 +110,9 @@ class SimplePyramid(nn.Module):
             attention = RelativeAttention(D, block.attn.num_heads, side)
             attention.load_state_dict(block.attn.state_dict(), strict=False)
             block.attn = attention
-        four = [nn.ConvTranspose2d(D, D // 2, 2, stride=2), LayerNorm2d(D // 2), nn.GELU(),
-                nn.ConvTranspose2d(D // 2, D // 4, 2, stride=2)]
-        two = [nn.ConvTranspose2d(D, D // 2, 2, stride=2)]
+        double = functools.partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        four = [double(D, D // 2), LayerNorm2d(D // 2), nn.GELU(), double(D // 2, D // 4)]
+        two = [double(D, D // 2)]
         resize = {4: (four, D // 4), 2: (two, D // 2), 1: ([], D), 0.5: ([nn.MaxPool2d(2)], D)}
         scales = [scale for scale in resize if encoder.patch_size / scale >= 2]
         self.strides = [int(encoder.patch_size / scale) for scale in (*scales, 0.25)]
@@ -125,57 +122,47 @@ class SimplePyramid(nn.Module):
                 *layers, nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
                 nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)))
 
-    def encode(self, images):
-        """The last map, `(B, D, H, H)`, H in patches."""
+    def forward(self, images):
+        """`(B, 3, S, S)` -> `{level: (B, channels, S / stride, S / stride)}`."""
         x = self.encoder.embed(images)  # (B, L, D)
         for block in self.encoder.blocks:
             x = block(x)
         H = math.isqrt(x.shape[1])
-        return x.transpose(1, 2).unflatten(2, (H, H))
-
-    def forward(self, images):
-        """`(B, 3, S, S)` -> `{level: (B, channels, S / stride, S / stride)}`."""
-        x = self.encode(images)
+        x = x.transpose(1, 2).unflatten(2, (H, H))  # (B, D, H, H)
         maps = [level(x) for level in self.levels]
         maps.append(F.max_pool2d(maps[-1], 1, stride=2))
         return dict(enumerate(maps))
 
 
-HEADS = {
-    "toy": dict(channels=48, features=128, proposals=100, anchors=64, boxes=32),
-    "small": dict(channels=64, features=256, proposals=300, anchors=256, boxes=128),
-    "full": dict(channels=256, features=1024, proposals=1000, anchors=256, boxes=512)}
-
-
 def detector(args, num_classes):
     """torchvision's Mask R-CNN with ViTDet's settings; class 0 is the background.
 
-    `model(images, targets)` of images `(3, H, W)`, 0 to 255, gives losses; in evaluation
-    `model(images)` gives boxes `(n, 4)`, labels, scores `(n,)`, masks `(n, 1, H, W)` of each.
+    Images `(3, H, W)`, 0 to 255, and targets give losses; in evaluation, images alone give boxes
+    `(n, 4)`, labels and scores `(n,)`, masks `(n, 1, H, W)`.
     """
     # torchvision's are half a pixel off. It looks them up by name: these replace them.
     poolers.roi_align = functools.partial(roi_align, aligned=True)
     roi_heads.project_masks_on_boxes = mask_targets
     transform.paste_masks_in_image = paste_masks
     encoder = vit.ARCHS[args.arch](args.pretrain_size, args.patch_size, num_heads=args.num_heads)
-    sizes = HEADS[args.heads]
-    C = sizes["channels"]
+    C = args.channels
     S = args.img_size
-    proposals = sizes["proposals"]
     backbone = SimplePyramid(encoder, S, args.window, C)
     maps = list(range(len(backbone.levels)))
+    anchors = anchor_utils.AnchorGenerator([8 * s for s in backbone.strides], [0.5, 1, 2])
+    height = torch.tensor([0.5, 1, 2]).sqrt()  # unrounded; of anchors with an area of 1
+    corner = torch.stack([1 / height, height], dim=1) / 2
+    anchors.cell_anchors = [8 * s * torch.cat([-corner, corner], dim=1) for s in backbone.strides]
     model = MaskRCNN(
         backbone, image_mean=vit.MEAN.flatten(), image_std=vit.STD.flatten(),
         min_size=S, max_size=S, size_divisible=S,  # longest side; padded to a square
-        rpn_anchor_generator=unrounded_anchors(backbone.strides),
-        rpn_head=rpn.RPNHead(C, 3, conv_depth=2), rpn_batch_size_per_image=sizes["anchors"],
-        rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals,
-        rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
-        box_batch_size_per_image=sizes["boxes"], box_roi_pool=MultiScaleRoIAlign(maps, 7, 0),
-        box_head=faster_rcnn.FastRCNNConvFCHead(
-            (C, 7, 7), [C] * 4, [sizes["features"]], LayerNorm2d),
-        box_predictor=faster_rcnn.FastRCNNPredictor(sizes["features"], num_classes + 1),
-        mask_roi_pool=MultiScaleRoIAlign(maps, 14, 0),
+        rpn_anchor_generator=anchors, rpn_head=rpn.RPNHead(C, 3, conv_depth=2),
+        rpn_pre_nms_top_n_train=2 * args.proposals, rpn_post_nms_top_n_train=args.proposals,
+        rpn_pre_nms_top_n_test=args.proposals, rpn_post_nms_top_n_test=args.proposals,
+        rpn_batch_size_per_image=args.anchors, box_batch_size_per_image=args.boxes,  # in the loss
+        box_roi_pool=MultiScaleRoIAlign(maps, 7, 0), mask_roi_pool=MultiScaleRoIAlign(maps, 14, 0),
+        box_head=faster_rcnn.FastRCNNConvFCHead((C, 7, 7), [C] * 4, [args.features], LayerNorm2d),
+        box_predictor=faster_rcnn.FastRCNNPredictor(args.features, num_classes + 1),
         mask_head=mask_rcnn.MaskRCNNHeads(C, [C] * 4, 1, LayerNorm2d),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(C, C, num_classes + 1))
     keep_boxes_in_float32(model)
@@ -183,24 +170,12 @@ def detector(args, num_classes):
     return model
 
 
-def unrounded_anchors(strides):
-    """Three a place, of area (8 stride)^2; torchvision rounds their sides to pixels."""
-    anchors = anchor_utils.AnchorGenerator([[8 * s] for s in strides], [[0.5, 1, 2]] * len(strides))
-    height = torch.tensor([0.5, 1, 2]).sqrt()
-    corner = torch.stack([1 / height, height], dim=1) / 2
-    anchors.cell_anchors = [8 * s * torch.cat([-corner, corner], dim=1) for s in strides]
-    return anchors
-
-
 def keep_boxes_in_float32(model):
     """bf16 rounds 600 pixels to a multiple of 4; anchors take their type from the maps."""
-    def to_float32(module, inputs, output):
-        return output.float()
-
     heads = model.roi_heads
     for part in (*model.backbone.levels, model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
-                 *heads.box_predictor.children(), heads.mask_predictor.mask_fcn_logits):
-        part.register_forward_hook(to_float32)
+                 *heads.box_predictor.children(), heads.mask_predictor):
+        part.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 def scale_by_the_square(model, S):
@@ -217,21 +192,16 @@ def mask_targets(masks, boxes, matched, size):
 
 
 def paste_masks(masks, boxes, size):
-    """Masks `(n, 1, M, M)` of boxes in an image of `size`: `(n, 1, H, W)`, bilinear."""
-    rows = pixel_weights(boxes[:, 1], boxes[:, 3], size[0], masks.shape[-1])
-    columns = pixel_weights(boxes[:, 0], boxes[:, 2], size[1], masks.shape[-1])
-    return rows @ masks @ columns.transpose(2, 3)
+    """Masks `(n, 1, M, M)` of boxes in an image of size (H, W): `(n, 1, H, W)`, bilinear."""
+    corner = boxes[:, [0, 1, 0, 1]]
+    sides = boxes[:, [2, 3, 2, 3]] - corner
+    image = boxes.new_tensor([0, 0, size[1], size[0]])
+    rois = (image - corner) / sides * masks.shape[-1] + 1  # the image, in cells of a padded mask
+    rois = torch.cat([torch.arange(len(rois)).to(rois)[:, None], rois], dim=1)
+    return roi_align(F.pad(masks, (1, 1, 1, 1)), rois, size, sampling_ratio=1, aligned=True)
 
 
-def pixel_weights(low, high, pixels, M):
-    """How much of M values between low and high a pixel takes, `(n, 1, pixels, M)`."""
-    center = torch.arange(pixels, device=low.device) + 0.5
-    place = (center - low[:, None]) / (high - low)[:, None] * M - 0.5
-    distance = place[:, None, :, None] - torch.arange(M, device=low.device)
-    return (1 - distance.abs()).clamp(min=0)
-
-
-# ------------------------------------------------------------ average precision
+# ---------- average precision
 
 # A detection hits an object if they overlap by a threshold. Detections, best first, add points
 # (recall, precision). AP is the area under this curve, a mean over ten thresholds and all classes.
@@ -240,14 +210,12 @@ AREAS = [(0, 1e10), (0, 1024), (1024, 9216), (9216, 1e10)]  # all, small, medium
 
 
 def compare(output, truth):
-    """What AP needs of an image, `{("box" or "mask", class): lists}`, detections best first."""
-    order = output["scores"].argsort(descending=True, stable=True)
-    output = {name: tensor[order] for name, tensor in output.items()}
+    """What AP needs of an image: `{("box" or "mask", class): (detections, objects)}`."""
     boxes, true_boxes = output["boxes"].double(), truth["boxes"].double()
     low = torch.maximum(boxes[:, None, :2], true_boxes[:, :2])
     high = torch.minimum(boxes[:, None, 2:], true_boxes[:, 2:])
     masks, true_masks = [each["masks"].flatten(1).float() for each in (output, truth)]
-    sizes = {  # of the intersections `(n, m)`, the n detections, the m objects
+    sizes = {  # of intersections `(n, m)`, detections `(n,)`, objects `(m,)`
         "box": ((high - low).clamp(min=0).prod(dim=2), box_area(boxes), box_area(true_boxes)),
         "mask": ((masks @ true_masks.T).double(), masks.sum(dim=1), true_masks.sum(dim=1))}
     record = {}
@@ -256,42 +224,38 @@ def compare(output, truth):
         union = torch.where(truth["crowd"], area[:, None], union)  # a crowd: the detection itself
         overlaps = shared / union.clamp(min=1e-9)
         for c in {*output["labels"].tolist(), *truth["labels"].tolist()}:
-            found = (output["labels"] == c).nonzero()[:100, 0]
-            true = (truth["labels"] == c).nonzero()[:, 0]
-            record[kind, c] = {
-                "scores": output["scores"][found].tolist(), "area": area[found].tolist(),
-                "overlaps": overlaps[found][:, true].tolist(),
-                "true_area": truth["area"][true].tolist(), "crowd": truth["crowd"][true].tolist()}
+            found = output["labels"] == c
+            true = truth["labels"] == c
+            detections = [output["scores"][found], area[found], overlaps[found][:, true]]
+            objects = [truth["area"][true], truth["crowd"][true]]
+            record[kind, c] = [torch.column_stack(each).tolist() for each in (detections, objects)]
     return record
 
 
 def class_precision(images, low, high, threshold):
     """AP of one class at one threshold. Crowds and objects of other areas do not count."""
-    scores, hits = [], []
-    objects = 0
-    for image in images:
-        crowd = image["crowd"]
-        counts = [low <= area <= high and not is_crowd
-                  for area, is_crowd in zip(image["true_area"], crowd)]
-        objects += sum(counts)
-        taken = set()  # an object is hit once, a crowd many times
-        for score, area, overlaps in zip(image["scores"], image["area"], image["overlaps"]):
+    ranked = []  # score and hit or miss of each detection
+    total = 0
+    for detections, objects in images:  # score, area, overlap with each object; area, crowd
+        counts = [low <= area <= high and not crowd for area, crowd in objects]
+        total += sum(counts)
+        free = [True] * len(objects)
+        for score, area, *overlaps in sorted(detections, key=itemgetter(0), reverse=True)[:100]:
             fits = [(counts[j], overlap, j) for j, overlap in enumerate(overlaps)
-                    if overlap >= threshold and (crowd[j] or j not in taken)]
+                    if overlap >= threshold and free[j]]
             valid = low <= area <= high
             if fits:
                 valid, _, best = max(fits)  # objects that count first; of equal overlaps the last
-                taken.add(best)
+                free[best] = objects[best][1]  # a crowd is hit many times
             if valid:
-                scores.append(score)
-                hits.append(len(fits) > 0)
-    if objects == 0:
+                ranked.append((score, len(fits) > 0))
+    if total == 0:
         return math.nan
-    order = np.argsort(-np.array(scores), kind="stable")
-    hits = np.array(hits, bool)[order].cumsum()
+    ranked.sort(key=itemgetter(0), reverse=True)
+    hits = np.cumsum([hit for _, hit in ranked])
     precision = hits / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or higher
-    at = np.searchsorted(hits / objects, np.linspace(0, 1, 101))  # recalls
+    at = np.searchsorted(hits / total, np.linspace(0, 1, 101))  # recalls
     return np.append(precision, 0)[at].mean()  # 0: a recall that is not reached
 
 
@@ -308,36 +272,60 @@ def average_precision(records, num_classes, kind):
             if not np.isnan(part).all()}
 
 
-def settings(parser):
+def parse_detection(argv):
+    """What is typed; else what the run to resume had; else the preset's; else the default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     add = parser.add_argument
+    add("--data", default="toy", help="folder as of COCO or Roboflow, or toy")
+    add("--preset", choices=PRESETS, help="sizes and recipe, else by --data")
     add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
-    add("--img-size", type=count, default=640, help="longest side of the images")
-    add("--pretrain-size", type=count, default=224, help="--img-size of pre-training")
-    add("--patch-size", type=count, default=16, help="patch side in pixels")
-    add("--window", type=count, default=14, help="side of a window, in patches")
-    add("--heads", default="full", choices=HEADS, help="sizes of RPN, box and mask head")
+    add("--img-size", type=count, default=640, help="longest side in pixels")
+    add("--patch-size", type=int, default=16, choices=[4, 8, 16, 32], help="side of a patch")
+    add("--window", type=count, default=14, help="window side, in patches")
     add("--num-heads", type=count, default=12, help="of the encoder; DeiT-Tiny has 3")
-    add("--min-scale", type=amount, default=0.1, help="smallest image, in --img-size")
-    add("--max-scale", type=amount, default=2.0, help="largest image, cropped to --img-size")
-    add("--epochs", type=amount, default=100, help="passes over the images")
-    add("--warmup-epochs", type=amount, default=0.136, help="epochs of rising learning rate")
+    add("--scale", type=amount, nargs=2, default=[0.1, 2.0], help="range of sizes, in --img-size")
+    add("--epochs", type=amount, default=100, help="passes over images")
+    add("--warmup-epochs", type=amount, default=0.136, help="of rising learning rate")
     add("--batch-size", type=count, default=64, help="images in an update")
     add("--base-lr", type=amount, default=4e-4, help="learning rate per 256 images")
     add("--weight-decay", type=amount, default=0.05, help="not on biases, norms, position")
     add("--clip-grad", type=amount, help="largest norm of the gradient")
-    add("--init", help="start from the encoder in this file")
+    add("--init", help="encoder to start from")
     add("--eval-only", action="store_true", help="evaluate --init, else --out")
     add("--scenes", type=count, default=1300, help="toy scenes to train on")
     add("--val-scenes", type=count, default=150, help="toy scenes to evaluate")
+    add("--out", type=Path, default="runs/detect", help="folder of results")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--accum", type=count, default=1, help="micro-batches in an update")
+    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--workers", type=int, default=WORKERS, help="loading processes")
+    add("--log-every", type=count, default=10, help="steps between log lines")
+    add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
+    add("--max-steps", type=count, help="stop early, the schedule unchanged")
+    parser.set_defaults(  # position table; maps, heads, samples in losses
+        pretrain_size=224, channels=256, features=1024, proposals=1000, anchors=256, boxes=512)
+    typed, _ = parser.parse_known_args(argv)
+    preset = typed.preset or {"toy": "toy"}.get(typed.data, "photos")
+    parser.set_defaults(preset=preset, **PRESETS[preset])
+    if typed.resume and (typed.out / "config.json").exists():
+        before = json.loads((typed.out / "config.json").read_text())
+        names = (before.keys() & vars(typed)) - {"max_steps"}
+        parser.set_defaults(**{name: before[name] for name in names})
+    add("-h", "--help", action="help", default=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 PRESETS = {  # what differs from the authors' recipe above
     "photos": {},
-    "small": dict(img_size=224, window=7, heads="small", min_scale=0.5, epochs=25, batch_size=16,
-                  base_lr=1.6e-3, clip_grad=1.0),
-    "toy": dict(arch="toy", img_size=48, pretrain_size=32, patch_size=4, window=6, heads="toy",
-                min_scale=0.8, max_scale=1.25, epochs=2, warmup_epochs=0.1, batch_size=4,
-                base_lr=0.064, clip_grad=1.0)}
+    "small": dict(img_size=224, window=7, channels=64, features=256, proposals=300, boxes=128,
+                  scale=[0.5, 2.0], epochs=25, batch_size=16, base_lr=1.6e-3, clip_grad=1.0),
+    "toy": dict(arch="toy", img_size=48, pretrain_size=32, patch_size=4, window=6, channels=48,
+                features=128, proposals=100, anchors=64, boxes=32, scale=[0.8, 1.25], epochs=2,
+                warmup_epochs=0.1, batch_size=4, base_lr=0.064, clip_grad=1.0)}
+FAR_SIDE = torch.tensor([0, 0, 1, 1])  # boxes end there in their last pixel
 
 
 class Samples(Dataset):
@@ -350,23 +338,18 @@ class Samples(Dataset):
         gray = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: 0}
         self.transform = v2.Compose([  # large-scale jitter (Ghiasi et al., 2021)
             v2.RandomHorizontalFlip(),
-            v2.ScaleJitter((S, S), (args.min_scale, args.max_scale)),
+            v2.ScaleJitter((S, S), [max(32 / S, scale) for scale in args.scale]),
             v2.RandomCrop(S, pad_if_needed=True, fill=gray)])
 
     def __getitem__(self, v):
         image, truth = self.data[shuffled(v, len(self.data), self.seed)]
         image, masks = self.transform(tv_tensors.Image(image), tv_tensors.Mask(truth["masks"]))
         kept = masks.sum(dim=(1, 2)) > 0  # some objects lie outside the crop
-        return image, mask_boxes(masks[kept]), truth["labels"][kept], masks[kept]
-
-
-def mask_boxes(masks):
-    """Boxes `(n, 4)` around masks `(n, H, W)`, to the far side of the last pixel."""
-    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+        return image, masks_to_boxes(masks[kept]) + FAR_SIDE, truth["labels"][kept], masks[kept]
 
 
 def collate(samples):
-    """A batch of few tensors, each an open file of a worker: objects are concatenated."""
+    """A batch of few tensors, as each is an open file: objects are concatenated."""
     images, *objects = zip(*samples)
     counts = [len(boxes) for boxes in objects[0]]
     return torch.stack(images), counts, *[torch.cat(parts) for parts in objects]
@@ -387,12 +370,11 @@ def train(args):
 
     torch.manual_seed(args.seed)
     model = detector(args, len(data.classes))
-    encoder = model.backbone.encoder
     if args.init and not (args.resume and (args.out / "last.pt").exists()):
-        print(f"--init {args.init}: {vit.load_weights(encoder, args.init)}")
+        print(f"--init {args.init}: {vit.load_weights(model.backbone.encoder, args.init)}")
     model.to(device)
-    matrices = [p for p in model.parameters() if p.ndim > 1 and p is not encoder.pos_embed]
-    others = [p for p in model.parameters() if p.ndim == 1 or p is encoder.pos_embed]
+    matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
+    others = [p for p in model.parameters() if p.ndim in (1, 3)]  # biases, norms, position
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -400,18 +382,18 @@ def train(args):
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
-    steps = max(1, round(args.epochs * len(data) / args.batch_size))
-    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / args.batch_size))
+    B = args.batch_size
+    steps = max(1, round(args.epochs * len(data) / B))
+    warmup = min(steps - 1, round(args.warmup_epochs * len(data) / B))
     end = min(steps, done + args.max_steps) if args.max_steps else steps
     log = Log(args, scaler)
-    B = args.batch_size  # the first step has samples 0 to B - 1
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, collate_fn=collate,
         num_workers=args.workers, pin_memory=torch.cuda.is_available()))
     last_save = time.time()
     for step in tqdm(range(done + 1, end + 1), initial=done, total=steps, disable=RANK > 0 or None):
-        lr = step_decay(step - 1, steps, warmup, args.base_lr * args.batch_size / 256)
+        lr = step_decay(step - 1, steps, warmup, args.base_lr * B / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for part in range(args.accum):
@@ -419,7 +401,7 @@ def train(args):
             images = images.to(device, non_blocking=True).float()
             objects = [tensor.to(device, non_blocking=True).split(counts) for tensor in objects]
             targets = [dict(zip(("boxes", "labels", "masks"), own)) for own in zip(*objects)]
-            # Anchors and boxes are chosen at random, the same ones after a restart.
+            # Anchors and boxes are drawn at random, the same after a restart.
             numbers = np.random.SeedSequence((args.seed, step - 1, RANK, part)).generate_state(1)
             torch.manual_seed(int(numbers[0]))
             # Ranks synchronize gradients on the last micro-batch only.
@@ -435,12 +417,10 @@ def train(args):
         scaler.update()
         optimizer.zero_grad()
         if step % args.log_every == 0 or step == end:
-            epoch = step * args.batch_size / len(data)
-            log.write(step, epoch=epoch, lr=lr, grad_norm=grad_norm.item())
+            log.write(step, epoch=step * B / len(data), lr=lr, grad_norm=grad_norm.item())
             if RANK == 0 and (step == end or time.time() - last_save > 60 * args.save_minutes):
                 save(args, "last.pt", step, model=model, optimizer=optimizer, scaler=scaler)
                 last_save = time.time()
-    print(f"step {end} of {steps}: {args.out}")
     evaluate(model, validation, device, args.out / "detections.json")
 
 
@@ -451,8 +431,7 @@ def evaluate_only(args):
     config = checkpoint.get("config", {})
     if "classes" not in config:
         raise vit.InputError(f"{path}: not a detector of detect.py")
-    args.img_size = config["img_size"]  # of synthetic scenes
-    args.batch_size = WORLD * args.accum  # nothing is trained: any number of ranks
+    args.img_size = config["img_size"]  # of toy scenes
     device = setup(args)
     data = open_scenes(args, train=False, classes=config["classes"])
     model = detector(argparse.Namespace(**config), len(data.classes))
@@ -462,11 +441,11 @@ def evaluate_only(args):
 
 @torch.no_grad()
 def evaluate(model, data, device, path):
-    """Prints and writes AP, and draws; each image is seen by one rank, without autocast."""
+    """Prints, writes, and draws AP, in float32. All ranks do the same."""
     model.eval()
     records = []
     shown = []
-    for i in tqdm(range(RANK, len(data), WORLD), disable=RANK > 0 or None):
+    for i in tqdm(range(len(data)), disable=RANK > 0 or None):
         image, truth = data[i]
         output = model([image.to(device).float()])[0]
         output = {name: tensor.cpu() for name, tensor in output.items()}
@@ -474,37 +453,31 @@ def evaluate(model, data, device, path):
         records.append(compare(output, truth))
         if len(shown) < 6:
             shown.append((image, truth["masks"], output["masks"][output["scores"] >= 0.5]))
-    ranks = [records] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(ranks, records)
     if RANK > 0:
         return
-    records = [ranks[i % WORLD][i // WORLD] for i in range(len(data))]
-    results = {"images": len(data)}
-    title = path.stem
-    for kind in data.kinds:
-        results[kind] = average_precision(records, len(data.classes), kind)
-        title += f", {kind} AP {results[kind]['AP']:.1f}"
-        print(kind, *[f"{name} {number:.1f}" for name, number in results[kind].items()])
-    path.write_text(json.dumps(results, indent=1))
+    results = {kind: average_precision(records, len(data.classes), kind) for kind in data.kinds}
+    for kind, numbers in results.items():
+        print(kind, *[f"{name} {number:.1f}" for name, number in numbers.items()])
+    path.write_text(json.dumps({"images": len(data), **results}, indent=1))
+    title = ", ".join(f"{kind} AP {numbers['AP']:.1f}" for kind, numbers in results.items())
     draw_detections(path.with_suffix(".png"), shown, title)
 
 
 def draw_detections(path, shown, title):
-    """Images; outlines of the true objects; of detections with a score of at least 0.5."""
+    """Rows of images, of true outlines, and of predicted ones."""
     figure = Figure((2.2 * len(shown), 7), layout="tight")
     axes = figure.subplots(3, len(shown), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for column, (image, true, predicted) in zip(axes.T, shown):
         for axis, masks in zip(column, ([], true, predicted)):
             axis.imshow(image.permute(1, 2, 0).numpy())
             for k, mask in enumerate(masks):
-                if 0 < mask.float().mean() < 1:  # it has an outline
+                if 0 < mask.float().mean() < 1:  # has an outline
                     axis.contour(mask.numpy(), [0.5], colors=f"C{k}")
     figure.suptitle(f"{title}\nimage, true, predicted (score >= 0.5)")
     figure.savefig(path)
 
 
-# ------------------------------------------------------------ data: scenes with objects
+# ---------- data: scenes with objects
 
 def open_scenes(args, train, classes=None):
     """A split: `data[i] -> (uint8 image (3, H, W), truth)`; its class names, given: training's.
@@ -525,63 +498,60 @@ class ToyScenes(Dataset):
     kinds = ["box", "mask"]  # of AP
 
     def __init__(self, args, train):
-        self.number = args.scenes if train else args.val_scenes
-        self.img_size = args.img_size
-        self.seed = int(not train)
+        self.args = args
+        self.train = train
 
     def __len__(self):
-        return self.number
+        return self.args.scenes if self.train else self.args.val_scenes
 
     def __getitem__(self, i):
-        rng = np.random.default_rng((self.seed, i))
+        rng = np.random.default_rng((int(not self.train), i))
         labels = rng.integers(len(self.classes), size=rng.integers(1, 4))
         uniform = torch.from_numpy(rng.random((len(labels), 20), dtype=np.float32))
         uniform[:, 0] -= 5 / 6  # radius 0.3 to 0.6 of half the image
         uniform[:, 1:3] = 0.5 + (uniform[:, 1:3] - 0.5) * 1.5 / 0.7  # centers, away from borders
         shapes = [vit.TOY_CLASSES.index(self.classes[label]) for label in labels]
-        drawn, masks = vit.draw_shapes(torch.tensor(shapes), uniform, self.img_size)
+        drawn, masks = vit.draw_shapes(torch.tensor(shapes), uniform, self.args.img_size)
         image = drawn[0]
         for k in range(1, len(labels)):  # later ones in front
             image = torch.where(masks[k], drawn[k], image)
             masks[:k] &= ~masks[k]
-        seen = masks.sum(dim=(1, 2)) > 40  # pixels
+        seen = masks.sum(dim=(1, 2)) > 40
         masks = masks[seen].byte()
         labels = torch.from_numpy(labels)[seen] + 1
         return image, {
-            "masks": masks, "labels": labels, "boxes": mask_boxes(masks),
+            "masks": masks, "labels": labels, "boxes": masks_to_boxes(masks) + FAR_SIDE,
             "area": masks.sum(dim=(1, 2)).double(), "crowd": torch.zeros_like(labels).bool()}
 
 
 class Coco(Dataset):
     """A split in COCO's format. For training: no crowds, no images without objects."""
 
-    def __init__(self, args, train, classes=None):
+    def __init__(self, args, train, classes):
         self.classes, images, self.kinds = read_listing(Path(args.data), train, classes)
         texts = [json.dumps(image).encode() for image in images]
-        self.text = np.frombuffer(b"".join(texts), np.uint8)  # workers share an array
+        self.text = b"".join(texts)  # one object, which workers share
         self.offsets = np.cumsum([0] + [len(text) for text in texts])
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        entry = json.loads(self.text[self.offsets[i]:self.offsets[i + 1]].tobytes())
+        entry = json.loads(self.text[self.offsets[i]:self.offsets[i + 1]])
         image = v2.functional.pil_to_tensor(read_upright(entry["file"], entry["size"]))
         H, W = image.shape[1:]
-        objects = entry["objects"]
-        masks = np.array([object_mask(each["outline"], H, W) for each in objects], np.uint8)
-        masks = torch.from_numpy(masks.reshape(-1, H, W))
-        numbers = torch.tensor([each["numbers"] for each in objects], dtype=torch.float64)
-        labels, x1, y1, x2, y2, area, crowd = numbers.view(-1, 7).unbind(dim=1)
+        masks = [object_mask(outline, H, W) for outline in entry["outlines"]]
+        masks = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, H, W))
+        numbers = torch.tensor(entry["numbers"], dtype=torch.float64).view(-1, 7)
+        labels, area, crowd = numbers[:, 4:].unbind(dim=1)
         least = max(H, W) // 32 + 1  # a thinner image would be scaled to 0 pixels
         border = (0, max(0, least - W), 0, max(0, least - H))
         return F.pad(image, border), {
-            "masks": F.pad(masks, border), "boxes": torch.stack([x1, y1, x2, y2], dim=1),
-            "area": torch.where(area < 0, masks.sum(dim=(1, 2)), area),
-            "labels": labels.long(), "crowd": crowd.bool()}
+            "masks": F.pad(masks, border), "boxes": numbers[:, :4], "labels": labels.long(),
+            "area": torch.where(area < 0, masks.sum(dim=(1, 2)), area), "crowd": crowd.bool()}
 
 
-def read_listing(root, train, classes=None):
+def read_listing(root, train, classes):
     """Class names (given: training's), images in order of id, kinds of AP, or InputError."""
     folder = root / "train" if train else root / "valid"
     path = folder / "_annotations.coco.json"  # Roboflow's
@@ -590,24 +560,24 @@ def read_listing(root, train, classes=None):
         path = root / "annotations" / f"instances_{folder.name}.json"
     place = path
     images = {}
-    objects = crowds = boxed = points = 0
+    objects = boxed = 0
     try:
-        listing = json.loads(path.read_text(encoding="utf-8-sig"))  # also with a byte order mark
+        listing = json.loads(path.read_text(encoding="utf-8-sig"))  # skips a byte order mark
         names = {entry["id"]: entry["name"] for entry in listing["categories"]}
-        classes = classes or list(dict.fromkeys(names[number] for number in sorted(names)))
+        classes = classes or [names[number] for number in sorted(names)]
         for entry in listing["images"]:
             name = entry["file_name"].replace("\\", "/")
             file = folder / name if (folder / name).is_file() else root / name
             if not file.is_file():
-                raise ValueError(f"{folder / name}: not there, but listed")
+                raise ValueError(f"{folder / name} is not there")
             size = [int(entry.get(side) or -1) for side in ("height", "width")]
-            images[entry["id"]] = {"file": str(file), "size": size, "objects": []}
+            images[entry["id"]] = {"file": str(file), "size": size, "outlines": [], "numbers": []}
         for entry in listing["annotations"]:
             place = f"{path}: annotation {entry.get('id')}"
-            category, image = entry["category_id"], entry["image_id"]
-            name = names.get(category)
-            if name not in classes or image not in images:
-                raise ValueError(f"no image {image} or category {category}: {name}, not {classes}")
+            image = images[entry["image_id"]]
+            name = names[entry["category_id"]]
+            if name not in classes:
+                raise ValueError(f"class {name} is none of {classes}")
             x, y, width, height = entry["bbox"]
             right, bottom = x + width, y + height
             if min(width, height) < 0 or not math.isfinite(right + bottom):
@@ -616,24 +586,20 @@ def read_listing(root, train, classes=None):
             if outline in (None, [], [[]]):
                 outline = [[x, y, right, y, right, bottom, x, bottom]]
                 boxed += 1
-            outline = check_outline(outline, images[image])
-            points += not outline
+            outline = check_outline(outline, image)
             area = float(entry.get("area", -1))  # below 0: the mask's
             crowd = entry.get("iscrowd") == 1
-            crowds += crowd
             objects += bool(outline) and not crowd
             if outline and not (train and crowd):
-                numbers = [1 + classes.index(name), x, y, right, bottom, area, crowd]
-                images[image]["objects"].append({"outline": outline, "numbers": numbers})
-    except KeyError as error:
-        raise vit.InputError(f"{place}: no {error}") from None
-    except (OSError, TypeError, ValueError, AttributeError) as error:
-        raise vit.InputError(f"{place}: {error}") from None
+                numbers = [x, y, right, bottom, 1 + classes.index(name), area, crowd]
+                image["numbers"].append(numbers)
+                image["outlines"].append(outline)
+    except Exception as error:  # of many types
+        raise vit.InputError(f"{place}: {error!r}") from None
     if objects == 0:
-        raise vit.InputError(f"{path}: lists no objects, {crowds} crowds")
-    chosen = [image for _, image in sorted(images.items()) if image["objects"] or not train]
-    print(f"{path}: left out {len(images) - len(chosen):,} images without objects, {points:,} "
-          f"objects of less than three points; {boxed:,} objects have no outline but their box")
+        raise vit.InputError(f"{path}: lists no objects, or only crowds")
+    chosen = [image for _, image in sorted(images.items()) if image["numbers"] or not train]
+    print(f"{path}: {objects:,} objects, {boxed:,} only boxes, {len(images):,} images")
     return classes, chosen, ["box"] if boxed else ["box", "mask"]
 
 
@@ -644,9 +610,7 @@ def check_outline(outline, image):
         return [points.tolist() for points in polygons if len(points) >= 3]
     size = outline["size"]
     runs = run_lengths(outline["counts"])
-    if min(image["size"]) < 1:
-        image["size"] = size
-    if size != image["size"] or sum(runs) != math.prod(size) or min(runs) < 0:
+    if image["size"] not in (size, [-1, -1]) or sum(runs) != math.prod(size) or min(runs) < 0:
         raise ValueError(f"run lengths of {size} in an image of {image['size']}")
     return {"counts": runs}
 
@@ -657,7 +621,7 @@ def run_lengths(counts):
         return counts
     lengths = []
     for characters in re.findall("[P-o]*[0-O]", counts):  # a number; lowest bits first
-        bits = [ord(character) - 48 for character in characters]
+        bits = [ord(c) - 48 for c in characters]
         value = sum((five & 31) << 5 * k for k, five in enumerate(bits))
         if bits[-1] & 16:  # below zero
             value -= 1 << 5 * len(bits)
@@ -696,15 +660,11 @@ def object_mask(outline, height, width):
 
 def main(argv=None):
     args = parse_detection(argv)
-    if not math.log2(args.patch_size).is_integer() or args.img_size % (2 * args.patch_size):
-        raise vit.InputError(f"--patch-size {args.patch_size}: not a power of 2 "
-                             "that divides half of --img-size")
-    if args.min_scale < 1 / 32:
-        raise vit.InputError(f"--min-scale {args.min_scale}: give at least 1/32")
+    if args.img_size % (2 * args.patch_size):
+        raise vit.InputError(f"--img-size {args.img_size}: not a multiple of 2 x --patch-size")
     if args.eval_only:
-        evaluate_only(args)
-    else:
-        train(args)
+        return evaluate_only(args)
+    train(args)
 
 
 # ==================== plumbing: one text for each name, in all scripts
@@ -716,36 +676,6 @@ WORKERS = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 MAY_CHANGE = ("out", "preset", "data", "root", "download", "workers", "accum", "compile",
               "log_every", "save_minutes", "max_steps", "resume", "init", "teacher")
-
-
-def parse_detection(argv):
-    """What is typed; else what the run to resume had; else the preset's; else the default."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        usage=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
-    add = parser.add_argument
-    add("--data", default="toy", help="folder in the format of COCO or Roboflow, or toy")
-    add("--preset", choices=PRESETS, help="sizes and recipe, else by --data")
-    settings(parser)
-    add("--out", type=Path, default="runs/detect", help="folder of the results")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--seed", type=int, default=0, help="of weights, order, crops, anchors")
-    add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
-    add("--workers", type=int, default=WORKERS, help="loading processes")
-    add("--log-every", type=count, default=10, help="steps between lines of the log")
-    add("--save-minutes", type=amount, default=5.0, help="minutes between checkpoints")
-    add("--max-steps", type=count, help="stop after so many steps, the schedule unchanged")
-    typed, _ = parser.parse_known_args(argv)
-    by_data = "toy" if typed.data == "toy" else "photos"
-    preset = typed.preset or by_data
-    parser.set_defaults(preset=preset, **PRESETS[preset])
-    if typed.resume and (typed.out / "config.json").exists():
-        before = json.loads((typed.out / "config.json").read_text())
-        names = (before.keys() & vars(typed)) - {"max_steps"}
-        parser.set_defaults(**{name: before[name] for name in names})
-    add("-h", "--help", action="help", default=argparse.SUPPRESS)
-    return parser.parse_args(argv)
 
 
 def count(text):  # type of an argument: 1, 2, 3, ...

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import vit
 
 
-# ------------------------------------------------------------ the method
+# ---------- the method
 
 def dino_loss(student, teacher, center, student_temp, teacher_temp):
     """Cross entropy of teacher and student on different crops: a scalar, this rank's mean (Eq. 3).
@@ -142,7 +142,7 @@ def clip_each(parameters, largest):
     return norms
 
 
-# ------------------------------------------------------------ training
+# ---------- training
 
 def settings(parser):
     add = parser.add_argument

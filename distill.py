@@ -35,7 +35,7 @@ from tqdm import tqdm
 import vit
 
 
-# ------------------------------------------------------------ the method
+# ---------- the method
 
 def patchify(images, patch_size):
     """`(B, 3, H, W) -> (B, L, p*p*3)`: patches row by row, each as (p, p, 3)."""

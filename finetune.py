@@ -36,7 +36,7 @@ from tqdm import tqdm
 import vit
 
 
-# ------------------------------------------------------------ the method
+# ---------- the method
 
 def layer_decay_groups(model, base_lr, weight_decay, decay):
     """Optimizer groups; layer i learns at `lr_scale = decay^(depth + 1 - i)` of `base_lr` (BEiT).

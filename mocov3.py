@@ -42,7 +42,7 @@ from tqdm import tqdm
 import vit
 
 
-# ------------------------------------------------------------ the method
+# ---------- the method
 
 def similarities(q, k):
     """Cosines of this rank's queries and all ranks' keys `(B, ranks * B)`, and labels `(B,)`.
@@ -169,7 +169,7 @@ class SumOverRanks(torch.autograd.Function):  # unlike dist.all_reduce it has a 
         return SumOverRanks.apply(grad)
 
 
-# ------------------------------------------------------------ training
+# ---------- training
 
 def settings(parser):
     add = parser.add_argument

@@ -29,7 +29,7 @@ class InputError(ValueError):
     """An input that does not fit: a size, a file, an option. One line says which."""
 
 
-# ------------------------------------------------------------ the network
+# ---------- the network
 
 class Attention(nn.Module):
     """Multi-head self-attention. Raises InputError if `num_heads` does not divide `dim`."""
@@ -211,7 +211,7 @@ def init_weights(model, scheme="xavier"):
         initialize(model.pos_embed)
 
 
-# ------------------------------------------------------------ weights
+# ---------- weights
 
 class LoadReport(NamedTuple):
     missing: list  # tensors of the model that are not in the file: they keep their initial values
@@ -322,7 +322,7 @@ def from_weights(path_or_state, num_heads=None, branch="base_encoder", **kw):
     return model, load_weights(model, checkpoint, branch)
 
 
-# ------------------------------------------------------------ toy data
+# ---------- toy data
 
 TOY_CLASSES = ("circle", "crescent", "cross", "ellipse", "flower", "half disc", "ring", "square",
                "star", "triangle")

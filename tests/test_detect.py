@@ -53,8 +53,11 @@ def test_pyramid_maps_are_those_of_vitdet(window, relative):
         if not relative and ".rel_pos_" in name:
             table.data.zero_()  # as at first
     golden = GOLDENS["13_pyramid"][f"window_{window}"][f"rel_pos_{relative}"]
-    agrees(pyramid.encode(images(2, 48)), golden["last_feat"])
-    for k, feature_map in pyramid(images(2, 48)).items():
+    seen = []
+    pyramid.levels[2].register_forward_pre_hook(lambda level, inputs: seen.append(inputs[0]))
+    maps = pyramid(images(2, 48))
+    agrees(seen[0], golden["last_feat"])
+    for k, feature_map in maps.items():
         agrees(feature_map, golden[f"p{k + 1}"])
     assert pyramid.strides == [2, 4, 8, 16, 32]
 
@@ -409,7 +412,7 @@ def test_boxes_without_outlines_are_outlines(outline, tmp_path, capsys):
         write_split(tmp_path, split, [listed(segmentation=outline)])
     data = opened(tmp_path)
     assert torch.equal(data[0][1]["masks"][0], torch.from_numpy(detect.object_mask(SQUARE, 40, 60)))
-    assert "1 objects have no outline but their box" in capsys.readouterr().out
+    assert "1 objects, 1 only boxes, 1 images" in capsys.readouterr().out
     out = tmp_path / "run"
     if outline == []:
         call(detect, "--data", tmp_path, "--preset", "toy", "--batch-size", 1, "--max-steps", 1,
@@ -428,12 +431,11 @@ def test_16_bit_images_are_refused_by_name(tmp_path):
         _ = opened(tmp_path)[0]
 
 
-def test_polygons_of_less_than_three_points_are_dropped_as_in_detectron2(tmp_path, capsys):
+def test_polygons_of_less_than_three_points_are_dropped_as_in_detectron2(tmp_path):
     line = [2, 2, 7, 2]
     write_split(tmp_path, "train2017", [
         listed(segmentation=[line, *SQUARE]), listed(id=8, segmentation=[line])])
     assert opened(tmp_path)[0][1]["masks"].sum(dim=(1, 2)).tolist() == [400]
-    assert "1 objects of less than three points" in capsys.readouterr().out
 
 
 RUNS = {"size": [40, 60], "counts": [100, 40, 2260]}
@@ -444,13 +446,13 @@ SHAPES = {"not turned": {**RUNS, "size": [60, 40]}, "too short": {**RUNS, "count
 @pytest.mark.parametrize("runs", SHAPES.values(), ids=list(SHAPES))
 def test_run_lengths_of_another_size_are_refused(runs, tmp_path):
     write_split(tmp_path, "train2017", [listed(segmentation=runs)])
-    with pytest.raises(vit.InputError, match="annotation 7: run lengths"):
+    with pytest.raises(vit.InputError, match="annotation 7: .*run lengths"):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("size", [40, -1])
+@pytest.mark.parametrize("size", [{}, {"height": -1, "width": -1}, {"height": ..., "width": ...}])
 def test_run_lengths_may_outline_objects_that_are_no_crowds(size, tmp_path):
-    write_split(tmp_path, "train2017", [listed(segmentation=RUNS)], image={"height": size})
+    write_split(tmp_path, "train2017", [listed(segmentation=RUNS)], image=size)
     truth = opened(tmp_path)[0][1]
     assert truth["masks"].sum() == 40 and truth["crowd"].tolist() == [False]
 
@@ -475,20 +477,20 @@ BROKEN = {  # what is wrong with annotation 7: what the line says
     "flat": (listed(segmentation=[10, 5, 30, 5, 30, 25]), "annotation 7"),
     "odd": (listed(segmentation=[[10, 5, 30, 5, 30, 25, 9]]), "annotation 7"),
     "text": (listed(segmentation=["10", "5"]), "annotation 7"),
-    "words": (listed(segmentation=[list("abcdef")]), "annotation 7: could not convert"),
-    "nan": (listed(segmentation=[[10, 5, 30, 5, 30, math.nan]]), "annotation 7: array must not"),
-    "no counts": (listed(segmentation={"size": [40, 60]}), "annotation 7: no 'counts'"),
-    "no bbox": (listed(bbox=...), "annotation 7: no 'bbox'"),
+    "words": (listed(segmentation=[list("abcdef")]), "annotation 7: ValueError"),
+    "nan": (listed(segmentation=[[10, 5, 30, 5, 30, math.nan]]), "annotation 7: ValueError"),
+    "no counts": (listed(segmentation={"size": [40, 60]}), "annotation 7: KeyError('counts')"),
+    "no bbox": (listed(bbox=...), "annotation 7: KeyError('bbox')"),
     "null bbox": (listed(bbox=None), "annotation 7"),
     "short bbox": (listed(bbox=[1, 2, 3]), "annotation 7"),
-    "negative bbox": (listed(bbox=[1, 2, -3, 4]), "annotation 7: bbox"),
-    "nan bbox": (listed(bbox=[1, 2, 3, math.nan]), "annotation 7: bbox"),
+    "negative bbox": (listed(bbox=[1, 2, -3, 4]), "annotation 7: ValueError('bbox"),
+    "nan bbox": (listed(bbox=[1, 2, 3, math.nan]), "annotation 7: ValueError('bbox"),
     "a word": ("annotation", "instances"),
     "words as area": (listed(area="big"), "annotation 7"),
-    "no category_id": (listed(category_id=...), "annotation 7: no 'category_id'"),
-    "no image_id": (listed(image_id=...), "annotation 7: no 'image_id'"),
-    "another image": (listed(image_id=5), "image 5"),
-    "another category": (listed(category_id=5), "category 5"),
+    "no category_id": (listed(category_id=...), "annotation 7: KeyError('category_id')"),
+    "no image_id": (listed(image_id=...), "annotation 7: KeyError('image_id')"),
+    "another image": (listed(image_id=5), "annotation 7: KeyError(5)"),
+    "another category": (listed(category_id=5), "annotation 7: KeyError(5)"),
     "a list as category": (listed(category_id=[3]), "annotation 7")}
 
 
@@ -505,10 +507,10 @@ def test_broken_listings_are_named_in_one_line(tmp_path, capsys):
     texts = {part: json.dumps({name: listing[name] for name in listing if name != part})
              for part in ("images", "annotations", "categories")}
     texts["char"] = path.read_text()[:-9]
-    texts["no objects, 1 crowds"] = path.read_text().replace('"iscrowd": 0', '"iscrowd": 1')
+    texts["no objects, or only crowds"] = path.read_text().replace('"iscrowd": 0', '"iscrowd": 1')
     texts["no objects"] = json.dumps({**listing, "annotations": []})
     texts["file_name"] = path.read_text().replace("file_name", "name")
-    texts["a.gif: not there"] = path.read_text().replace("a.png", "a.gif")
+    texts["a.gif is not there"] = path.read_text().replace("a.png", "a.gif")
     texts["list"] = "[]"
     for words, text in texts.items():
         path.write_text(text)
@@ -542,9 +544,9 @@ def test_thin_images_keep_a_pixel(tmp_path):
         outline = [0, 0, 500, 0, 500, 1, 0, 1]
         write_split(tmp_path, split, [listed(segmentation=[outline], area=500)],
                     image={"height": 1, "width": 500}, pixels=Image.new("RGB", (500, 1)))
-    call(detect, "--data", tmp_path, "--preset", "toy", "--batch-size", 1, "--max-steps", 1,
-         "--out", tmp_path / "run")
-    assert len(log_of(tmp_path / "run")) == 1
+    call(detect, "--data", tmp_path, "--preset", "toy", "--batch-size", 1, "--log-every", 1,
+         "--scale", 0, 0, "--out", tmp_path / "run")
+    assert len(log_of(tmp_path / "run")) == 2  # two epochs
 
 
 def test_polygons_drawn_in_their_box_are_those_of_the_whole_image():
@@ -559,9 +561,9 @@ def test_polygons_drawn_in_their_box_are_those_of_the_whole_image():
 
 def test_the_listing_is_one_array_that_workers_share(coco):
     data = opened(coco, train=False)
-    assert {type(value) for value in vars(data).values()} <= {np.ndarray, list, bool, float}
-    assert data.text.dtype == np.uint8 and len(data.offsets) == 4
-    assert data.classes == ["box", "ring"]
+    assert {type(value) for value in vars(data).values()} == {bytes, np.ndarray, list}
+    assert len(data.offsets) == 4 and data.offsets[-1] == len(data.text)
+    assert data.classes == ["box", "ring"] and data.kinds == ["box", "mask"]
 
 
 # ------------------------------------------------------------ the detector is not half a pixel off
@@ -618,7 +620,9 @@ def test_box_features_are_read_at_the_centers_of_cells():
 
 
 def test_anchors_are_not_rounded():
-    anchors = detect.unrounded_anchors([2, 4]).cell_anchors
+    model = detect.detector(settings(), 4)
+    assert model.backbone.strides == [2, 4, 8, 16]
+    anchors = model.rpn.anchor_generator.cell_anchors
     root = 2 ** 0.5
     expected = torch.tensor([[-8 * root, -4 * root, 8 * root, 4 * root], [-8, -8, 8, 8],
                              [-4 * root, -8 * root, 4 * root, 8 * root]])
@@ -692,18 +696,17 @@ def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
     line = refused(capsys, detect, "--eval-only", "--init", tmp_path / "vit.pt")
     assert "vit.pt: not a detector" in line
     assert "last.pt" in refused(capsys, detect, "--eval-only", "--out", tmp_path)
-    assert "--patch-size 5" in refused(capsys, detect, "--patch-size", 5)
     line = refused(capsys, detect, "--patch-size", 14, "--img-size", 224)
-    assert "not a power of 2" in line  # torchvision rounds strides
-    assert "--min-scale 0.0" in refused(capsys, detect, "--min-scale", 0)
-    assert "half of --img-size" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)
+    assert "--patch-size: invalid choice: 14" in line  # torchvision rounds strides
+    assert "--img-size 240" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)
     path = coco / "annotations" / "instances_train2017.json"
     text = path.read_text()
     try:
         path.write_text(text.replace('"category_id": 90', '"category_id": 91'))
-        assert "category 91" in refused(capsys, detect, "--data", coco, "--preset", "toy")
+        line = refused(capsys, detect, "--data", coco, "--preset", "toy")
+        assert "annotation 1: KeyError(91)" in line
         path.write_text(text.replace("30.jpg", "31.jpg"))
-        assert "31.jpg: not there" in refused(capsys, detect, "--data", coco, "--preset", "toy")
+        assert "31.jpg is not there" in refused(capsys, detect, "--data", coco, "--preset", "toy")
     finally:
         path.write_text(text)
 
@@ -760,22 +763,23 @@ def test_objects_that_are_all_dropped_are_refused_before_training(tmp_path, caps
     write_split(tmp_path, "train2017", [listed()])
     write_split(tmp_path, "val2017", [listed(segmentation=[[1, 1, 9, 9]])])
     words = "--preset", "toy", "--batch-size", 1, "--out", tmp_path / "run"
-    assert "lists no objects, 0 crowds" in refused(capsys, detect, "--data", tmp_path, *words)
+    line = refused(capsys, detect, "--data", tmp_path, *words)
+    assert "lists no objects, or only crowds" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_detect_evaluates_scenes_of_the_checkpoints_size(toy_run, tmp_path):
-    """Whatever sizes, heads and micro-batches are typed, those of training are used."""
+    """Whatever sizes and heads are typed, those of training are used."""
     checkpoint = torch.load(toy_run / "last.pt", weights_only=True)
     call(detect, *SHORT, "--eval-only", "--init", toy_run / "last.pt", "--img-size", 96,
-         "--num-heads", 6, "--accum", 3)
+         "--num-heads", 6)
     assert checkpoint["config"]["img_size"] != 96
     evaluation = json.loads((toy_run / "evaluation.json").read_text())
     assert evaluation == json.loads((toy_run / "detections.json").read_text())
 
 
 @pytest.mark.slow
-def test_detect_two_ranks_stay_in_step_and_see_each_validation_image_once(tmp_path):
+def test_detect_two_ranks_stay_in_step_and_one_of_them_writes(tmp_path):
     script = tmp_path / "spy.py"
     script.write_text(f"""
 import sys
