@@ -1,15 +1,15 @@
 """Detection: a pre-trained ViT-Tiny as the backbone of Mask R-CNN (ViTDet, Li et al., 2022).
 
-Most blocks attend inside windows. A pyramid of maps is made from the last one.
-The rest is torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
+Blocks attend inside windows, four globally. The last map becomes a pyramid of maps. The rest is
+torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
 
     python detect.py --init runs/mae/last.pt  # a laptop: synthetic scenes, minutes
     torchrun --nproc_per_node=8 detect.py --data DIR --init mae_tiny.pth  # the authors' run
-    python detect.py --data DIR --init runs/detect/last.pt --eval-only  # writes beside it
+    python detect.py --data DIR --init runs/detect/last.pt --eval-only
 
 DIR: COCO's annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/
 and valid/. Results in --out: log.jsonl, last.pt, detections.json, detections.png.
-Ranks draw their own anchors and boxes: N ranks do not repeat the run of one.
+Each rank samples its own anchors and boxes: N ranks and one give unequal runs.
 Shapes: B images, D width, h heads, d = D / h, S image side; boxes are (x1, y1, x2, y2).
 """
 import argparse
@@ -62,7 +62,7 @@ class RelativeAttention(vit.Attention):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
 
     def heads(self, x):
-        """q with its scores of all rows and columns, k one-hot there: q k is the sum above."""
+        """q with its scores of rows and columns, k with its place one-hot: `q k` adds them up."""
         q, k, v = super().heads(x)
         i = torch.arange(self.side, device=x.device)
         apart = i[:, None] - i + self.side - 1  # row of R
@@ -73,9 +73,9 @@ class RelativeAttention(vit.Attention):
         q = torch.cat([q * q.shape[-1] ** -0.5, relative], dim=-1)
         place = F.one_hot(torch.cartesian_prod(i, i), self.side).flatten(1)  # (N, 2 side)
         k = torch.cat([k, place.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
-        zeros = (0, -q.shape[-1] % 8)  # a GPU's fast attention needs multiples of 8
-        q = F.pad(q, zeros)
-        return q * q.shape[-1] ** 0.5, F.pad(k, zeros), v  # attention divides by this root
+        pad = (0, -q.shape[-1] % 8)  # a GPU's fast attention needs multiples of 8
+        q = F.pad(q, pad)
+        return q * q.shape[-1] ** 0.5, F.pad(k, pad), v  # attention divides by this root
 
     def forward(self, x):
         """`(B, H * H, D) -> (B, H * H, D)`, a map row by row, its last windows padded with 0."""
@@ -140,7 +140,7 @@ def detector(args, num_classes):
     Images `(3, H, W)`, 0 to 255, and targets give losses; in evaluation, images alone give boxes
     `(n, 4)`, labels and scores `(n,)`, masks `(n, 1, H, W)`.
     """
-    # torchvision's are half a pixel off. It looks them up by name: these replace them.
+    # Replaces torchvision's, half a pixel off, under the names that it looks up.
     poolers.roi_align = functools.partial(roi_align, aligned=True)
     roi_heads.project_masks_on_boxes = mask_targets
     transform.paste_masks_in_image = paste_masks
@@ -179,7 +179,7 @@ def keep_boxes_in_float32(model):
 
 
 def scale_by_the_square(model, S):
-    """Maps cover the padded square; torchvision would take the size of the first image."""
+    """Maps cover the padded square; torchvision would take the first images."""
     maps = {k: torch.zeros(1, 1, S // s, S // s) for k, s in enumerate(model.backbone.strides)}
     for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
         pool(maps, [torch.zeros(0, 4)], [(S, S)])  # it keeps the scales of its first call
@@ -192,11 +192,11 @@ def mask_targets(masks, boxes, matched, size):
 
 
 def paste_masks(masks, boxes, size):
-    """Masks `(n, 1, M, M)` of boxes in an image of size (H, W): `(n, 1, H, W)`, bilinear."""
+    """Each mask `(1, M, M)` of a box, sampled at the pixels of an image: `(n, 1, H, W)`."""
     corner = boxes[:, [0, 1, 0, 1]]
     sides = boxes[:, [2, 3, 2, 3]] - corner
-    image = boxes.new_tensor([0, 0, size[1], size[0]])
-    rois = (image - corner) / sides * masks.shape[-1] + 1  # the image, in cells of a padded mask
+    frame = boxes.new_tensor([0, 0, size[1], size[0]])
+    rois = (frame - corner) / sides * masks.shape[-1] + 1  # in cells of a padded mask
     rois = torch.cat([torch.arange(len(rois)).to(rois)[:, None], rois], dim=1)
     return roi_align(F.pad(masks, (1, 1, 1, 1)), rois, size, sampling_ratio=1, aligned=True)
 
@@ -237,11 +237,11 @@ def class_precision(images, low, high, threshold):
     ranked = []  # score and hit or miss of each detection
     total = 0
     for detections, objects in images:  # score, area, overlap with each object; area, crowd
-        counts = [low <= area <= high and not crowd for area, crowd in objects]
-        total += sum(counts)
+        counted = [low <= area <= high and not crowd for area, crowd in objects]
+        total += sum(counted)
         free = [True] * len(objects)
         for score, area, *overlaps in sorted(detections, key=itemgetter(0), reverse=True)[:100]:
-            fits = [(counts[j], overlap, j) for j, overlap in enumerate(overlaps)
+            fits = [(counted[j], overlap, j) for j, overlap in enumerate(overlaps)
                     if overlap >= threshold and free[j]]
             valid = low <= area <= high
             if fits:
@@ -295,7 +295,7 @@ def parse_detection(argv):
     add("--init", help="encoder to start from")
     add("--eval-only", action="store_true", help="evaluate --init, else --out")
     add("--scenes", type=count, default=1300, help="toy scenes to train on")
-    add("--val-scenes", type=count, default=150, help="toy scenes to evaluate")
+    add("--val-scenes", type=count, default=150, help="to evaluate")
     add("--out", type=Path, default="runs/detect", help="folder of results")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--seed", type=int, default=0, help="of all random numbers")
@@ -305,14 +305,14 @@ def parse_detection(argv):
     add("--log-every", type=count, default=10, help="steps between log lines")
     add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
     add("--max-steps", type=count, help="stop early, the schedule unchanged")
-    parser.set_defaults(  # position table; maps, heads, samples in losses
+    parser.set_defaults(  # no flags: see detector
         pretrain_size=224, channels=256, features=1024, proposals=1000, anchors=256, boxes=512)
     typed, _ = parser.parse_known_args(argv)
     preset = typed.preset or {"toy": "toy"}.get(typed.data, "photos")
     parser.set_defaults(preset=preset, **PRESETS[preset])
     if typed.resume and (typed.out / "config.json").exists():
         before = json.loads((typed.out / "config.json").read_text())
-        names = (before.keys() & vars(typed)) - {"max_steps"}
+        names = (before.keys() & vars(typed)) - {"max_steps", "out"}
         parser.set_defaults(**{name: before[name] for name in names})
     add("-h", "--help", action="help", default=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -325,7 +325,7 @@ PRESETS = {  # what differs from the authors' recipe above
     "toy": dict(arch="toy", img_size=48, pretrain_size=32, patch_size=4, window=6, channels=48,
                 features=128, proposals=100, anchors=64, boxes=32, scale=[0.8, 1.25], epochs=2,
                 warmup_epochs=0.1, batch_size=4, base_lr=0.064, clip_grad=1.0)}
-FAR_SIDE = torch.tensor([0, 0, 1, 1])  # boxes end there in their last pixel
+FAR_SIDE = torch.tensor([0, 0, 1, 1])  # boxes include the last pixel
 
 
 class Samples(Dataset):
@@ -349,7 +349,7 @@ class Samples(Dataset):
 
 
 def collate(samples):
-    """A batch of few tensors, as each is an open file: objects are concatenated."""
+    """Concatenates objects: each tensor that a worker sends holds a file open."""
     images, *objects = zip(*samples)
     counts = [len(boxes) for boxes in objects[0]]
     return torch.stack(images), counts, *[torch.cat(parts) for parts in objects]
@@ -366,7 +366,7 @@ def train(args):
     device = setup(args)
     data = open_scenes(args, train=True)
     validation = open_scenes(args, train=False, classes=data.classes)
-    args.classes = data.classes  # kept in the checkpoint
+    args.classes = data.classes  # for the checkpoint
 
     torch.manual_seed(args.seed)
     model = detector(args, len(data.classes))
@@ -378,7 +378,7 @@ def train(args):
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps; 0 if new
+    done = start(args, data, model=model, optimizer=optimizer, scaler=scaler)  # steps
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off")
 
@@ -428,8 +428,8 @@ def evaluate_only(args):
     """The detector in --init, or in --out, with its sizes and classes; writes beside it."""
     path = Path(args.init or args.out / "last.pt")
     checkpoint = vit.open_checkpoint(path)
-    config = checkpoint.get("config", {})
-    if "classes" not in config:
+    config = checkpoint.get("config") or {}
+    if "proposals" not in config:
         raise vit.InputError(f"{path}: not a detector of detect.py")
     args.img_size = config["img_size"]  # of toy scenes
     device = setup(args)
@@ -441,7 +441,7 @@ def evaluate_only(args):
 
 @torch.no_grad()
 def evaluate(model, data, device, path):
-    """Prints, writes, and draws AP, in float32. All ranks do the same."""
+    """Prints, writes, and draws AP, without autocast. All ranks detect, rank 0 reports."""
     model.eval()
     records = []
     shown = []
@@ -459,8 +459,7 @@ def evaluate(model, data, device, path):
     for kind, numbers in results.items():
         print(kind, *[f"{name} {number:.1f}" for name, number in numbers.items()])
     path.write_text(json.dumps({"images": len(data), **results}, indent=1))
-    title = ", ".join(f"{kind} AP {numbers['AP']:.1f}" for kind, numbers in results.items())
-    draw_detections(path.with_suffix(".png"), shown, title)
+    draw_detections(path.with_suffix(".png"), shown, f"box AP {results['box']['AP']:.1f}")
 
 
 def draw_detections(path, shown, title):
@@ -477,10 +476,10 @@ def draw_detections(path, shown, title):
     figure.savefig(path)
 
 
-# ---------- data: scenes with objects
+# ---------- data
 
 def open_scenes(args, train, classes=None):
-    """A split: `data[i] -> (uint8 image (3, H, W), truth)`; its class names, given: training's.
+    """A split: `data[i] -> (uint8 image (3, H, W), truth)`. `classes`: training's.
 
     truth: masks `(n, H, W)`, labels `(n,)` from 1, boxes `(n, 4)`, area `(n,)`, crowd `(n,)`.
     """
@@ -509,7 +508,7 @@ class ToyScenes(Dataset):
         labels = rng.integers(len(self.classes), size=rng.integers(1, 4))
         uniform = torch.from_numpy(rng.random((len(labels), 20), dtype=np.float32))
         uniform[:, 0] -= 5 / 6  # radius 0.3 to 0.6 of half the image
-        uniform[:, 1:3] = 0.5 + (uniform[:, 1:3] - 0.5) * 1.5 / 0.7  # centers, away from borders
+        uniform[:, 1:3] = 0.5 + (uniform[:, 1:3] - 0.5) * 1.5 / 0.7  # centers not at borders
         shapes = [vit.TOY_CLASSES.index(self.classes[label]) for label in labels]
         drawn, masks = vit.draw_shapes(torch.tensor(shapes), uniform, self.args.img_size)
         image = drawn[0]
@@ -530,7 +529,7 @@ class Coco(Dataset):
     def __init__(self, args, train, classes):
         self.classes, images, self.kinds = read_listing(Path(args.data), train, classes)
         texts = [json.dumps(image).encode() for image in images]
-        self.text = b"".join(texts)  # one object, which workers share
+        self.text = b"".join(texts)  # one object: workers share it
         self.offsets = np.cumsum([0] + [len(text) for text in texts])
 
     def __len__(self):
@@ -544,7 +543,7 @@ class Coco(Dataset):
         masks = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, H, W))
         numbers = torch.tensor(entry["numbers"], dtype=torch.float64).view(-1, 7)
         labels, area, crowd = numbers[:, 4:].unbind(dim=1)
-        least = max(H, W) // 32 + 1  # a thinner image would be scaled to 0 pixels
+        least = max(H, W) // 32 + 1  # thinner ones would be scaled to 0 pixels
         border = (0, max(0, least - W), 0, max(0, least - H))
         return F.pad(image, border), {
             "masks": F.pad(masks, border), "boxes": numbers[:, :4], "labels": labels.long(),
@@ -552,7 +551,7 @@ class Coco(Dataset):
 
 
 def read_listing(root, train, classes):
-    """Class names (given: training's), images in order of id, kinds of AP, or InputError."""
+    """Class names (`classes` if given), images by id, kinds of AP. Raises InputError."""
     folder = root / "train" if train else root / "valid"
     path = folder / "_annotations.coco.json"  # Roboflow's
     if not path.exists():
@@ -565,29 +564,29 @@ def read_listing(root, train, classes):
         listing = json.loads(path.read_text(encoding="utf-8-sig"))  # skips a byte order mark
         names = {entry["id"]: entry["name"] for entry in listing["categories"]}
         classes = classes or [names[number] for number in sorted(names)]
-        for entry in listing["images"]:
+        for entry in sorted(listing["images"], key=itemgetter("id")):
             name = entry["file_name"].replace("\\", "/")
             file = folder / name if (folder / name).is_file() else root / name
-            if not file.is_file():
-                raise ValueError(f"{folder / name} is not there")
+            if not file.is_file() or entry["id"] in images:
+                raise ValueError(f"{folder / name} is not there, or its id is another's")
             size = [int(entry.get(side) or -1) for side in ("height", "width")]
             images[entry["id"]] = {"file": str(file), "size": size, "outlines": [], "numbers": []}
         for entry in listing["annotations"]:
-            place = f"{path}: annotation {entry.get('id')}"
+            place = f"{path}: annotation {entry.get('id')}, image {entry.get('image_id')}"
             image = images[entry["image_id"]]
             name = names[entry["category_id"]]
             if name not in classes:
                 raise ValueError(f"class {name} is none of {classes}")
             x, y, width, height = entry["bbox"]
             right, bottom = x + width, y + height
-            if min(width, height) < 0 or not math.isfinite(right + bottom):
-                raise ValueError(f"bbox {entry['bbox']}")
+            area = float(entry.get("area") or -1)  # below 0: the mask's
+            if min(width, height) < 0 or not math.isfinite(right + bottom + area):
+                raise ValueError(f"bbox {entry['bbox']}, area {area}")
             outline = entry.get("segmentation")
-            if outline in (None, [], [[]]):
+            if not outline or not any(outline):
                 outline = [[x, y, right, y, right, bottom, x, bottom]]
                 boxed += 1
             outline = check_outline(outline, image)
-            area = float(entry.get("area", -1))  # below 0: the mask's
             crowd = entry.get("iscrowd") == 1
             objects += bool(outline) and not crowd
             if outline and not (train and crowd):
@@ -595,23 +594,26 @@ def read_listing(root, train, classes):
                 image["numbers"].append(numbers)
                 image["outlines"].append(outline)
     except Exception as error:  # of many types
-        raise vit.InputError(f"{place}: {error!r}") from None
+        raise vit.InputError(f"{place}: {error!r:.300}") from None
     if objects == 0:
         raise vit.InputError(f"{path}: lists no objects, or only crowds")
-    chosen = [image for _, image in sorted(images.items()) if image["numbers"] or not train]
-    print(f"{path}: {objects:,} objects, {boxed:,} only boxes, {len(images):,} images")
+    chosen = [image for image in images.values() if image["numbers"] or not train]
+    total = len(listing["annotations"])
+    print(f"{path}: {len(images):,} images, {objects:,} objects of {total:,}, {boxed:,} only boxes")
     return classes, chosen, ["box"] if boxed else ["box", "mask"]
 
 
 def check_outline(outline, image):
     """Polygons of three points or more, as in detectron2, or run lengths; else ValueError."""
     if not isinstance(outline, dict):
-        polygons = [np.asarray_chkfinite(each, float).reshape(-1, 2) for each in outline]  # x, y
+        polygons = [np.asarray_chkfinite(each, float).reshape(-1, 2) for each in outline]
         return [points.tolist() for points in polygons if len(points) >= 3]
     size = outline["size"]
     runs = run_lengths(outline["counts"])
-    if image["size"] not in (size, [-1, -1]) or sum(runs) != math.prod(size) or min(runs) < 0:
-        raise ValueError(f"run lengths of {size} in an image of {image['size']}")
+    if min(image["size"]) < 1:
+        image["size"] = size
+    if size != image["size"] or sum(runs) != math.prod(size) or min(runs) < 0:
+        raise ValueError(f"run lengths of {size}, {sum(runs)}, in an image of {image['size']}")
     return {"counts": runs}
 
 
@@ -620,7 +622,7 @@ def run_lengths(counts):
     if isinstance(counts, list):
         return counts
     lengths = []
-    for characters in re.findall("[P-o]*[0-O]", counts):  # a number; lowest bits first
+    for characters in re.findall("[P-o]*[0-O]", counts):  # P-o go on; lowest bits first
         bits = [ord(c) - 48 for c in characters]
         value = sum((five & 31) << 5 * k for k, five in enumerate(bits))
         if bits[-1] & 16:  # below zero
@@ -632,7 +634,7 @@ def run_lengths(counts):
 
 
 def read_upright(path, size):
-    """An RGB image; turned as its EXIF says unless only the file has the size [height, width]."""
+    """An RGB image of a size [height, width]: turned as its EXIF says, else as stored."""
     image = read_image(path)
     for view in (ImageOps.exif_transpose(image), image):
         if min(size) < 1 or [view.height, view.width] == size:

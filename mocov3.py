@@ -373,7 +373,7 @@ def parse(argv, settings, presets, out, recipes=None):
         parser.set_defaults(**recipes[typed.recipe])
     if typed.resume and (typed.out / "config.json").exists():
         before = json.loads((typed.out / "config.json").read_text())
-        names = (before.keys() & vars(typed)) - {"max_steps"}
+        names = (before.keys() & vars(typed)) - {"max_steps", "out"}
         parser.set_defaults(**{name: before[name] for name in names})
     add("-h", "--help", action="help", default=argparse.SUPPRESS)
     return parser.parse_args(argv)

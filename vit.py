@@ -291,7 +291,7 @@ def load_weights(model, path_or_state, branch="base_encoder"):
     state["pos_embed"] = resize_position(state["pos_embed"].float(), (model.grid, model.grid))
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    missing = [key for key in own if key not in fitting]
+    missing = [key for key in own if key not in fitting and ".rel_pos_" not in key]  # they are 0
     unused = [key for key in state if key not in fitting]
     optional = ("norm.", "fc_norm.", "head", "decoder_", "mask_token", "cls_token", "dist_token")
     for key in missing + unused:

@@ -513,6 +513,16 @@ def test_resume_takes_the_settings_of_the_run_and_names_all_that_differ(tmp_path
     assert [entry["step"] for entry in log_of(tmp_path)] == [1, 2, 3]
 
 
+def test_resume_of_a_folder_that_was_moved_continues_there(tmp_path, monkeypatch):
+    call(mae, *TINY, "--max-steps", 1, "--out", tmp_path / "before")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "before").rename(tmp_path / "runs" / "mae")
+    monkeypatch.chdir(tmp_path)
+    call(mae, "--resume", "--max-steps", 1)  # in runs/mae, the default
+    assert [entry["step"] for entry in log_of(tmp_path / "runs" / "mae")] == [1, 2]
+    assert not (tmp_path / "before").exists()
+
+
 def test_resume_refuses_a_file_that_is_no_checkpoint_or_another_scripts(tmp_path, capsys):
     import simmim
     call(mae, *TINY, "--max-steps", 1, "--out", tmp_path)

@@ -120,6 +120,13 @@ def test_detector_loads_vitdets_names_with_their_relative_positions():
     assert torch.equal(model.blocks[0].attn.rel_pos_h, source.blocks[0].attn.rel_pos_h)
 
 
+def test_encoders_without_relative_positions_fill_the_detectors():
+    """Its tables are zero: nothing is random."""
+    encoder = vit.vit_toy(img_size=32, patch_size=4)
+    report = vit.load_weights(detect.detector(settings(), 4).backbone.encoder, encoder.state_dict())
+    assert report.missing == [] and report.unused == ["fc_norm.weight", "fc_norm.bias"]
+
+
 def test_detector_keeps_positions_in_float32_under_bfloat16():
     torch.manual_seed(0)
     model = detect.detector(settings(), 4).eval()
@@ -375,7 +382,7 @@ def test_classes_are_numbered_by_their_names_in_training(tmp_path):
     write_split(tmp_path, "val2017", [listed(category_id=2)], [("box", 2)])  # fewer classes
     assert opened(tmp_path, False, train.classes)[0][1]["labels"].tolist() == [2]
     write_split(tmp_path, "val2017", [listed()], [("boxes", 3)])
-    with pytest.raises(vit.InputError, match=r"val2017.json: annotation 7: .*boxes.*'ring', 'box'"):
+    with pytest.raises(vit.InputError, match=r"val2017.json: annotation 7, .*boxes.*'ring', 'box'"):
         opened(tmp_path, False, train.classes)
 
 
@@ -406,13 +413,13 @@ def test_sizes_that_are_not_listed_are_not_checked(size, tmp_path):
     assert opened(tmp_path)[0][1]["masks"].sum() == 400
 
 
-@pytest.mark.parametrize("outline", [[], None, ..., [[]]])
+@pytest.mark.parametrize("outline", [[], None, ..., [[]], [[], []], "", {}])
 def test_boxes_without_outlines_are_outlines(outline, tmp_path, capsys):
     for split in ("train2017", "val2017"):
         write_split(tmp_path, split, [listed(segmentation=outline)])
     data = opened(tmp_path)
     assert torch.equal(data[0][1]["masks"][0], torch.from_numpy(detect.object_mask(SQUARE, 40, 60)))
-    assert "1 objects, 1 only boxes, 1 images" in capsys.readouterr().out
+    assert "1 images, 1 objects of 1, 1 only boxes" in capsys.readouterr().out
     out = tmp_path / "run"
     if outline == []:
         call(detect, "--data", tmp_path, "--preset", "toy", "--batch-size", 1, "--max-steps", 1,
@@ -431,11 +438,12 @@ def test_16_bit_images_are_refused_by_name(tmp_path):
         _ = opened(tmp_path)[0]
 
 
-def test_polygons_of_less_than_three_points_are_dropped_as_in_detectron2(tmp_path):
+def test_polygons_of_less_than_three_points_are_dropped_as_in_detectron2(tmp_path, capsys):
     line = [2, 2, 7, 2]
     write_split(tmp_path, "train2017", [
         listed(segmentation=[line, *SQUARE]), listed(id=8, segmentation=[line])])
     assert opened(tmp_path)[0][1]["masks"].sum(dim=(1, 2)).tolist() == [400]
+    assert "1 objects of 2" in capsys.readouterr().out
 
 
 RUNS = {"size": [40, 60], "counts": [100, 40, 2260]}
@@ -446,7 +454,7 @@ SHAPES = {"not turned": {**RUNS, "size": [60, 40]}, "too short": {**RUNS, "count
 @pytest.mark.parametrize("runs", SHAPES.values(), ids=list(SHAPES))
 def test_run_lengths_of_another_size_are_refused(runs, tmp_path):
     write_split(tmp_path, "train2017", [listed(segmentation=runs)])
-    with pytest.raises(vit.InputError, match="annotation 7: .*run lengths"):
+    with pytest.raises(vit.InputError, match="annotation 7, image 1: .*run lengths"):
         opened(tmp_path)
 
 
@@ -455,6 +463,19 @@ def test_run_lengths_may_outline_objects_that_are_no_crowds(size, tmp_path):
     write_split(tmp_path, "train2017", [listed(segmentation=RUNS)], image=size)
     truth = opened(tmp_path)[0][1]
     assert truth["masks"].sum() == 40 and truth["crowd"].tolist() == [False]
+
+
+def test_run_lengths_tell_the_size_of_an_image_whose_size_is_not_listed(tmp_path):
+    """Turned or not, they fit; other sizes are refused, with both."""
+    none = {"height": ..., "width": ...}
+    write_split(tmp_path, "train2017", [listed(segmentation=RUNS)], image=none, pixels=turned(6))
+    assert opened(tmp_path)[0][0].shape == (3, 40, 60)
+    upright = {**RUNS, "size": [60, 40]}
+    write_split(tmp_path, "train2017", [listed(segmentation=upright)], image=none, pixels=turned(6))
+    assert opened(tmp_path)[0][1]["masks"].shape == (1, 60, 40)
+    write_split(tmp_path, "train2017", [listed(segmentation=upright)], image=none)
+    with pytest.raises(vit.InputError, match=r"a.png: 40 x 60 .*, \[60, 40\] in the listing"):
+        _ = opened(tmp_path)[0]
 
 
 def test_compressed_run_lengths_are_those_of_pycocotools():
@@ -467,8 +488,9 @@ def test_compressed_run_lengths_are_those_of_pycocotools():
     assert mask.shape == (height, width) and mask.sum() == sum(goldens[0]["runs"][1::2])
 
 
-def test_fields_that_may_be_missing(tmp_path):
-    write_split(tmp_path, "train2017", [listed(iscrowd=..., area=...)])
+@pytest.mark.parametrize("area", [..., None])
+def test_fields_that_may_be_missing(area, tmp_path):
+    write_split(tmp_path, "train2017", [listed(iscrowd=..., area=area)])
     truth = opened(tmp_path)[0][1]
     assert truth["area"].tolist() == [400] and truth["crowd"].tolist() == [False]
 
@@ -477,20 +499,21 @@ BROKEN = {  # what is wrong with annotation 7: what the line says
     "flat": (listed(segmentation=[10, 5, 30, 5, 30, 25]), "annotation 7"),
     "odd": (listed(segmentation=[[10, 5, 30, 5, 30, 25, 9]]), "annotation 7"),
     "text": (listed(segmentation=["10", "5"]), "annotation 7"),
-    "words": (listed(segmentation=[list("abcdef")]), "annotation 7: ValueError"),
-    "nan": (listed(segmentation=[[10, 5, 30, 5, 30, math.nan]]), "annotation 7: ValueError"),
-    "no counts": (listed(segmentation={"size": [40, 60]}), "annotation 7: KeyError('counts')"),
-    "no bbox": (listed(bbox=...), "annotation 7: KeyError('bbox')"),
+    "words": (listed(segmentation=[list("abcdef")]), "annotation 7, image 1: ValueError"),
+    "nan": (listed(segmentation=[[1, 5, 3, 5, 3, math.nan]]), "annotation 7, image 1: ValueError"),
+    "no counts": (listed(segmentation={"size": [40, 60]}), "7, image 1: KeyError('counts')"),
+    "no bbox": (listed(bbox=...), "annotation 7, image 1: KeyError('bbox')"),
     "null bbox": (listed(bbox=None), "annotation 7"),
     "short bbox": (listed(bbox=[1, 2, 3]), "annotation 7"),
-    "negative bbox": (listed(bbox=[1, 2, -3, 4]), "annotation 7: ValueError('bbox"),
-    "nan bbox": (listed(bbox=[1, 2, 3, math.nan]), "annotation 7: ValueError('bbox"),
+    "negative bbox": (listed(bbox=[1, 2, -3, 4]), "annotation 7, image 1: ValueError('bbox"),
+    "nan bbox": (listed(bbox=[1, 2, 3, math.nan]), "annotation 7, image 1: ValueError('bbox"),
     "a word": ("annotation", "instances"),
     "words as area": (listed(area="big"), "annotation 7"),
-    "no category_id": (listed(category_id=...), "annotation 7: KeyError('category_id')"),
-    "no image_id": (listed(image_id=...), "annotation 7: KeyError('image_id')"),
-    "another image": (listed(image_id=5), "annotation 7: KeyError(5)"),
-    "another category": (listed(category_id=5), "annotation 7: KeyError(5)"),
+    "infinite area": (listed(area=math.inf), "annotation 7, image 1: ValueError('bbox"),
+    "no category_id": (listed(category_id=...), "annotation 7, image 1: KeyError('category_id')"),
+    "no image_id": (listed(image_id=...), "annotation 7, image None: KeyError('image_id')"),
+    "another image": (listed(image_id=5), "annotation 7, image 5: KeyError(5)"),
+    "another category": (listed(category_id=5), "annotation 7, image 1: KeyError(5)"),
     "a list as category": (listed(category_id=[3]), "annotation 7")}
 
 
@@ -512,6 +535,10 @@ def test_broken_listings_are_named_in_one_line(tmp_path, capsys):
     texts["file_name"] = path.read_text().replace("file_name", "name")
     texts["a.gif is not there"] = path.read_text().replace("a.png", "a.gif")
     texts["list"] = "[]"
+    texts["another's"] = json.dumps({**listing, "images": 2 * listing["images"]})
+    two = [listing["images"][0], {**listing["images"][0], "id": "2"}]
+    texts["TypeError"] = json.dumps({**listing, "images": two})
+    texts["JSONDecodeError"] = ""
     for words, text in texts.items():
         path.write_text(text)
         line = refused(capsys, detect, "--data", tmp_path)
@@ -704,7 +731,7 @@ def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
     try:
         path.write_text(text.replace('"category_id": 90', '"category_id": 91'))
         line = refused(capsys, detect, "--data", coco, "--preset", "toy")
-        assert "annotation 1: KeyError(91)" in line
+        assert "annotation 1, image 4: KeyError(91)" in line
         path.write_text(text.replace("30.jpg", "31.jpg"))
         assert "31.jpg is not there" in refused(capsys, detect, "--data", coco, "--preset", "toy")
     finally:
