@@ -8,7 +8,7 @@ torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
     python detect.py --data DIR --init runs/detect/last.pt --eval-only
 
 DIR: COCO's annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/
-and valid/. Results in --out: log.jsonl, last.pt, detections.json, detections.png.
+and valid/. Results in --out: log.jsonl, last.pt, detections.json and .png.
 Each rank samples its own anchors and boxes: N ranks and one give unequal runs.
 Shapes: B images, D width, h heads, d = D / h, S image side; boxes are (x1, y1, x2, y2).
 """
@@ -129,7 +129,7 @@ class SimplePyramid(nn.Module):
             x = block(x)
         H = math.isqrt(x.shape[1])
         x = x.transpose(1, 2).unflatten(2, (H, H))  # (B, D, H, H)
-        maps = [level(x) for level in self.levels]
+        maps = [level(x).float() for level in self.levels]  # anchors take their type
         maps.append(F.max_pool2d(maps[-1], 1, stride=2))
         return dict(enumerate(maps))
 
@@ -171,9 +171,9 @@ def detector(args, num_classes):
 
 
 def keep_boxes_in_float32(model):
-    """bf16 rounds 600 pixels to a multiple of 4; anchors take their type from the maps."""
+    """bf16 rounds 600 pixels to a multiple of 4."""
     heads = model.roi_heads
-    for part in (*model.backbone.levels, model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
+    for part in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
                  *heads.box_predictor.children(), heads.mask_predictor):
         part.register_forward_hook(lambda module, inputs, output: output.float())
 
@@ -197,8 +197,8 @@ def paste_masks(masks, boxes, size):
     sides = boxes[:, [2, 3, 2, 3]] - corner
     frame = boxes.new_tensor([0, 0, size[1], size[0]])
     rois = (frame - corner) / sides * masks.shape[-1] + 1  # in cells of a padded mask
-    rois = torch.cat([torch.arange(len(rois)).to(rois)[:, None], rois], dim=1)
-    return roi_align(F.pad(masks, (1, 1, 1, 1)), rois, size, sampling_ratio=1, aligned=True)
+    masks = F.pad(masks, (1, 1, 1, 1))
+    return roi_align(masks, rois.split(1), size, sampling_ratio=1, aligned=True)
 
 
 # ---------- average precision
@@ -441,11 +441,11 @@ def evaluate_only(args):
 
 @torch.no_grad()
 def evaluate(model, data, device, path):
-    """Prints, writes, and draws AP, without autocast. All ranks detect, rank 0 reports."""
+    """Prints, writes, and draws AP, without autocast. Images are dealt to the ranks."""
     model.eval()
     records = []
     shown = []
-    for i in tqdm(range(len(data)), disable=RANK > 0 or None):
+    for i in tqdm(range(RANK, len(data), WORLD), disable=RANK > 0 or None):
         image, truth = data[i]
         output = model([image.to(device).float()])[0]
         output = {name: tensor.cpu() for name, tensor in output.items()}
@@ -453,8 +453,12 @@ def evaluate(model, data, device, path):
         records.append(compare(output, truth))
         if len(shown) < 6:
             shown.append((image, truth["masks"], output["masks"][output["scores"] >= 0.5]))
+    ranks = [records] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(ranks, records)
     if RANK > 0:
         return
+    records = [ranks[i % WORLD][i // WORLD] for i in range(len(data))]
     results = {kind: average_precision(records, len(data.classes), kind) for kind in data.kinds}
     for kind, numbers in results.items():
         print(kind, *[f"{name} {number:.1f}" for name, number in numbers.items()])
@@ -463,7 +467,7 @@ def evaluate(model, data, device, path):
 
 
 def draw_detections(path, shown, title):
-    """Rows of images, of true outlines, and of predicted ones."""
+    """Rows: images, true outlines, predicted ones."""
     figure = Figure((2.2 * len(shown), 7), layout="tight")
     axes = figure.subplots(3, len(shown), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for column, (image, true, predicted) in zip(axes.T, shown):
@@ -604,7 +608,7 @@ def read_listing(root, train, classes):
 
 
 def check_outline(outline, image):
-    """Polygons of three points or more, as in detectron2, or run lengths; else ValueError."""
+    """Polygons of three points or more, or run lengths. Raises ValueError."""
     if not isinstance(outline, dict):
         polygons = [np.asarray_chkfinite(each, float).reshape(-1, 2) for each in outline]
         return [points.tolist() for points in polygons if len(points) >= 3]
@@ -618,7 +622,7 @@ def check_outline(outline, image):
 
 
 def run_lengths(counts):
-    """Lengths of runs of 0, 1, 0, ... from a list, or a string with five bits a character."""
+    """Runs of 0, 1, 0, ... from a list, or a string with five bits a character."""
     if isinstance(counts, list):
         return counts
     lengths = []
@@ -646,8 +650,7 @@ def object_mask(outline, height, width):
     """COCO's polygons or run lengths as `(height, width)`, 0 or 1."""
     if isinstance(outline, dict):
         runs = outline["counts"]
-        bits = np.arange(len(runs), dtype=np.uint8) % 2
-        return np.repeat(bits, runs).reshape(width, height).T  # column by column
+        return np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T  # by columns
     mask = np.zeros((height, width), np.uint8)
     for polygon in outline:  # drawn 5 times as large, as PIL fills all that a border touches
         points = np.reshape(polygon, (-1, 2))  # x, y

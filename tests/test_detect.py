@@ -806,7 +806,7 @@ def test_detect_evaluates_scenes_of_the_checkpoints_size(toy_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_detect_two_ranks_stay_in_step_and_one_of_them_writes(tmp_path):
+def test_detect_two_ranks_stay_in_step_and_see_each_validation_image_once(tmp_path):
     script = tmp_path / "spy.py"
     script.write_text(f"""
 import sys
