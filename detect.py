@@ -3,12 +3,11 @@
 Blocks attend inside windows, four globally. The last map becomes a pyramid of maps. The rest is
 torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
 
-    python detect.py --init runs/mae/last.pt  # a laptop: synthetic scenes, minutes
+    python detect.py --init runs/mae/last.pt  # synthetic scenes: minutes
     torchrun --nproc_per_node=8 detect.py --data DIR --init mae_tiny.pth  # the authors' run
     python detect.py --data DIR --init runs/detect/last.pt --eval-only
 
-DIR: COCO's annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/
-and valid/. Results in --out: log.jsonl, last.pt, detections.json and .png.
+DIR: annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/, valid/.
 Each rank samples its own anchors and boxes: N ranks and one give unequal runs.
 Shapes: B images, D width, h heads, d = D / h, S image side; boxes are (x1, y1, x2, y2).
 """
@@ -282,9 +281,13 @@ def parse_detection(argv):
     add("--preset", choices=PRESETS, help="sizes and recipe, else by --data")
     add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
     add("--img-size", type=count, default=640, help="longest side in pixels")
-    add("--patch-size", type=int, default=16, choices=[4, 8, 16, 32], help="side of a patch")
-    add("--window", type=count, default=14, help="window side, in patches")
+    add("--patch-size", type=int, default=16, choices=[4, 8, 16, 32], help="in pixels")
+    add("--window", type=count, default=14, help="in patches")
     add("--num-heads", type=count, default=12, help="of the encoder; DeiT-Tiny has 3")
+    add("--pretrain-size", type=count, default=224, help="--img-size of pre-training")
+    sizes = dict(channels=256, features=1024, proposals=1000, anchors=256, boxes=512)
+    for name, size in sizes.items():
+        add(f"--{name}", type=count, default=size, help="see detector")
     add("--scale", type=amount, nargs=2, default=[0.1, 2.0], help="range of sizes, in --img-size")
     add("--epochs", type=amount, default=100, help="passes over images")
     add("--warmup-epochs", type=amount, default=0.136, help="of rising learning rate")
@@ -300,13 +303,11 @@ def parse_detection(argv):
     add("--resume", action="store_true", help="continue the run in --out")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision, else bf16 or fp16 on a GPU")
+    add("--amp", choices=AMP, help="mixed precision, else by GPU")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between log lines")
     add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
-    add("--max-steps", type=count, help="stop early, the schedule unchanged")
-    parser.set_defaults(  # no flags: see detector
-        pretrain_size=224, channels=256, features=1024, proposals=1000, anchors=256, boxes=512)
+    add("--max-steps", type=count, help="stop early")
     typed, _ = parser.parse_known_args(argv)
     preset = typed.preset or {"toy": "toy"}.get(typed.data, "photos")
     parser.set_defaults(preset=preset, **PRESETS[preset])

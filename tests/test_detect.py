@@ -757,6 +757,17 @@ def test_eval_only_uses_the_class_names_of_the_checkpoint(coco, tmp_path, capsys
     assert evaluation.read_text() == (tmp_path / "run" / "detections.json").read_text()
 
 
+def test_sizes_that_are_typed_change_the_detector():
+    args = settings("--channels", 16, "--features", 24, "--proposals", 7, "--pretrain-size", 16)
+    model = detect.detector(args, 4)
+    assert model.backbone.out_channels == 16
+    assert model.roi_heads.box_predictor.cls_score.in_features == 24
+    assert model.rpn.post_nms_top_n() == 7 and model.rpn.pre_nms_top_n() == 14
+    assert model.backbone.encoder.pos_embed.shape == (1, 17, 96)
+    args = settings("--preset", "photos")
+    assert (args.channels, args.features, args.boxes) == (256, 1024, 512)
+
+
 def test_help_shows_no_option_that_is_refused(capsys):
     with pytest.raises(SystemExit):
         detect.parse_detection(["--help"])
