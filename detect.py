@@ -339,7 +339,7 @@ class Samples(Dataset):
         gray = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: 0}
         self.transform = v2.Compose([  # large-scale jitter (Ghiasi et al., 2021)
             v2.RandomHorizontalFlip(),
-            v2.ScaleJitter((S, S), [max(32 / S, scale) for scale in args.scale]),
+            v2.ScaleJitter((S, S), [max(32 / S, scale) for scale in args.scale]),  # not to 0
             v2.RandomCrop(S, pad_if_needed=True, fill=gray)])
 
     def __getitem__(self, v):
@@ -667,7 +667,7 @@ def object_mask(outline, height, width):
 def main(argv=None):
     args = parse_detection(argv)
     if args.img_size % (2 * args.patch_size):
-        raise vit.InputError(f"--img-size {args.img_size}: not a multiple of 2 x --patch-size")
+        raise vit.InputError("--img-size: not a multiple of 2 x --patch-size")
     if args.eval_only:
         return evaluate_only(args)
     train(args)

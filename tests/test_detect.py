@@ -725,7 +725,7 @@ def test_detect_refuses_bad_input_in_one_line(coco, tmp_path, capsys, toy_run):
     assert "last.pt" in refused(capsys, detect, "--eval-only", "--out", tmp_path)
     line = refused(capsys, detect, "--patch-size", 14, "--img-size", 224)
     assert "--patch-size: invalid choice: 14" in line  # torchvision rounds strides
-    assert "--img-size 240" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)
+    assert "--img-size: not a mul" in refused(capsys, detect, "--patch-size", 16, "--img-size", 240)
     path = coco / "annotations" / "instances_train2017.json"
     text = path.read_text()
     try:
