@@ -71,7 +71,7 @@ class RelativeAttention(vit.Attention):
         relative = torch.cat([rows, columns], dim=-1).flatten(2, 3)  # (B, h, N, 2 side)
         q = torch.cat([q * q.shape[-1] ** -0.5, relative], dim=-1)
         place = F.one_hot(torch.cartesian_prod(i, i), self.side).flatten(1)  # (N, 2 side)
-        k = torch.cat([k, place.to(k.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
+        k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
         pad = (0, -q.shape[-1] % 8)  # a GPU's fast attention needs multiples of 8
         q = F.pad(q, pad)
         return q * q.shape[-1] ** 0.5, F.pad(k, pad), v  # attention divides by this root
@@ -103,8 +103,8 @@ class SimplePyramid(nn.Module):
         encoder.pos_embed.requires_grad_(True)
         D = encoder.embed_dim
         depth = len(encoder.blocks)
-        for i, block in enumerate(encoder.blocks):
-            last = i + 1 in [depth * k // 4 for k in (1, 2, 3, 4)]  # of a quarter
+        for i, block in enumerate(encoder.blocks, start=1):
+            last = i in [depth * k // 4 for k in (1, 2, 3, 4)]  # of quarters
             side = img_size // encoder.patch_size if last else window
             attention = RelativeAttention(D, block.attn.num_heads, side)
             attention.load_state_dict(block.attn.state_dict(), strict=False)
@@ -147,7 +147,7 @@ def detector(args, num_classes):
     C = args.channels
     S = args.img_size
     backbone = SimplePyramid(encoder, S, args.window, C)
-    maps = list(range(len(backbone.levels)))
+    maps = range(len(backbone.levels))
     anchors = anchor_utils.AnchorGenerator([8 * s for s in backbone.strides], [0.5, 1, 2])
     height = torch.tensor([0.5, 1, 2]).sqrt()  # unrounded; of anchors with an area of 1
     corner = torch.stack([1 / height, height], dim=1) / 2
@@ -170,7 +170,7 @@ def detector(args, num_classes):
 
 
 def keep_boxes_in_float32(model):
-    """bf16 rounds 600 pixels to a multiple of 4."""
+    """Offsets become boxes in float32: bf16 rounds 600 pixels to a multiple of 4."""
     heads = model.roi_heads
     for part in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
                  *heads.box_predictor.children(), heads.mask_predictor):
@@ -178,7 +178,7 @@ def keep_boxes_in_float32(model):
 
 
 def scale_by_the_square(model, S):
-    """Maps cover the padded square; torchvision would take the first images."""
+    """Maps cover the padded square; torchvision would divide by the first images' sizes."""
     maps = {k: torch.zeros(1, 1, S // s, S // s) for k, s in enumerate(model.backbone.strides)}
     for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
         pool(maps, [torch.zeros(0, 4)], [(S, S)])  # it keeps the scales of its first call
@@ -280,7 +280,7 @@ def parse_detection(argv):
     add("--data", default="toy", help="folder as of COCO or Roboflow, or toy")
     add("--preset", choices=PRESETS, help="sizes and recipe, else by --data")
     add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
-    add("--img-size", type=count, default=640, help="longest side in pixels")
+    add("--img-size", type=count, default=640, help="longest side, pixels")
     add("--patch-size", type=int, default=16, choices=[4, 8, 16, 32], help="in pixels")
     add("--window", type=count, default=14, help="in patches")
     add("--num-heads", type=count, default=12, help="of the encoder; DeiT-Tiny has 3")
@@ -288,7 +288,7 @@ def parse_detection(argv):
     sizes = dict(channels=256, features=1024, proposals=1000, anchors=256, boxes=512)
     for name, size in sizes.items():
         add(f"--{name}", type=count, default=size, help="see detector")
-    add("--scale", type=amount, nargs=2, default=[0.1, 2.0], help="range of sizes, in --img-size")
+    add("--scale", type=amount, nargs=2, default=[0.1, 2.0], help="range of sizes in --img-size")
     add("--epochs", type=amount, default=100, help="passes over images")
     add("--warmup-epochs", type=amount, default=0.136, help="of rising learning rate")
     add("--batch-size", type=count, default=64, help="images in an update")
@@ -339,11 +339,11 @@ class Samples(Dataset):
         gray = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: 0}
         self.transform = v2.Compose([  # large-scale jitter (Ghiasi et al., 2021)
             v2.RandomHorizontalFlip(),
-            v2.ScaleJitter((S, S), [max(32 / S, scale) for scale in args.scale]),  # not to 0
+            v2.ScaleJitter((S, S), [max(32 / S, scale) for scale in args.scale]),  # see `least`
             v2.RandomCrop(S, pad_if_needed=True, fill=gray)])
 
     def __getitem__(self, v):
-        image, truth = self.data[shuffled(v, len(self.data), self.seed)]
+        image, truth = self.data[shuffled(v, len(self.data), self.seed)]  # seeds torch, too
         image, masks = self.transform(tv_tensors.Image(image), tv_tensors.Mask(truth["masks"]))
         kept = masks.sum(dim=(1, 2)) > 0  # some objects lie outside the crop
         return image, masks_to_boxes(masks[kept]) + FAR_SIDE, truth["labels"][kept], masks[kept]
@@ -386,7 +386,7 @@ def train(args):
     B = args.batch_size
     steps = max(1, round(args.epochs * len(data) / B))
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / B))
-    end = min(steps, done + args.max_steps) if args.max_steps else steps
+    end = min(steps, done + (args.max_steps or steps))
     log = Log(args, scaler)
     mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
     batches = log.timed(DataLoader(
@@ -401,10 +401,10 @@ def train(args):
             images, counts, *objects = next(batches)
             images = images.to(device, non_blocking=True).float()
             objects = [tensor.to(device, non_blocking=True).split(counts) for tensor in objects]
-            targets = [dict(zip(("boxes", "labels", "masks"), own)) for own in zip(*objects)]
+            targets = [{"boxes": b, "labels": c, "masks": m} for b, c, m in zip(*objects)]
             # Anchors and boxes are drawn at random, the same after a restart.
-            numbers = np.random.SeedSequence((args.seed, step - 1, RANK, part)).generate_state(1)
-            torch.manual_seed(int(numbers[0]))
+            seed = np.random.SeedSequence((args.seed, step - 1, RANK, part)).generate_state(1)
+            torch.manual_seed(seed.item())
             # Ranks synchronize gradients on the last micro-batch only.
             network.require_backward_grad_sync = part == args.accum - 1
             with autocast:
@@ -442,7 +442,7 @@ def evaluate_only(args):
 
 @torch.no_grad()
 def evaluate(model, data, device, path):
-    """Prints, writes, and draws AP, without autocast. Images are dealt to the ranks."""
+    """Prints and writes AP, draws six images; no autocast. Images are dealt to ranks."""
     model.eval()
     records = []
     shown = []
@@ -535,7 +535,7 @@ class Coco(Dataset):
         self.classes, images, self.kinds = read_listing(Path(args.data), train, classes)
         texts = [json.dumps(image).encode() for image in images]
         self.text = b"".join(texts)  # one object: workers share it
-        self.offsets = np.cumsum([0] + [len(text) for text in texts])
+        self.offsets = np.cumsum([0, *map(len, texts)])
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -547,8 +547,8 @@ class Coco(Dataset):
         masks = [object_mask(outline, H, W) for outline in entry["outlines"]]
         masks = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, H, W))
         numbers = torch.tensor(entry["numbers"], dtype=torch.float64).view(-1, 7)
-        labels, area, crowd = numbers[:, 4:].unbind(dim=1)
-        least = max(H, W) // 32 + 1  # thinner ones would be scaled to 0 pixels
+        labels, area, crowd = numbers[:, 4:].T
+        least = max(H, W) // 32 + 1  # Samples scales to 32 pixels at least: no side to 0
         border = (0, max(0, least - W), 0, max(0, least - H))
         return F.pad(image, border), {
             "masks": F.pad(masks, border), "boxes": numbers[:, :4], "labels": labels.long(),
