@@ -149,7 +149,7 @@ def detector(args, num_classes):
     backbone = SimplePyramid(encoder, S, args.window, C)
     maps = range(len(backbone.levels))
     anchors = anchor_utils.AnchorGenerator([8 * s for s in backbone.strides], [0.5, 1, 2])
-    height = torch.tensor([0.5, 1, 2]).sqrt()  # unrounded; of anchors with an area of 1
+    height = torch.tensor([0.5, 1, 2]).sqrt()  # unrounded anchors of area 1
     corner = torch.stack([1 / height, height], dim=1) / 2
     anchors.cell_anchors = [8 * s * torch.cat([-corner, corner], dim=1) for s in backbone.strides]
     model = MaskRCNN(
@@ -280,7 +280,7 @@ def parse_detection(argv):
     add("--data", default="toy", help="folder as of COCO or Roboflow, or toy")
     add("--preset", choices=PRESETS, help="sizes and recipe, else by --data")
     add("--arch", default="tiny", choices=vit.ARCHS, help="network of vit.py")
-    add("--img-size", type=count, default=640, help="longest side, pixels")
+    add("--img-size", type=count, default=640, help="longest side")
     add("--patch-size", type=int, default=16, choices=[4, 8, 16, 32], help="in pixels")
     add("--window", type=count, default=14, help="in patches")
     add("--num-heads", type=count, default=12, help="of the encoder; DeiT-Tiny has 3")
@@ -288,9 +288,10 @@ def parse_detection(argv):
     sizes = dict(channels=256, features=1024, proposals=1000, anchors=256, boxes=512)
     for name, size in sizes.items():
         add(f"--{name}", type=count, default=size, help="see detector")
-    add("--scale", type=amount, nargs=2, default=[0.1, 2.0], help="range of sizes in --img-size")
+    add("--min-scale", type=amount, default=0.1, help="in --img-size")
+    add("--max-scale", type=amount, default=2.0, help="in --img-size")
     add("--epochs", type=amount, default=100, help="passes over images")
-    add("--warmup-epochs", type=amount, default=0.136, help="of rising learning rate")
+    add("--warmup-epochs", type=amount, default=0.136, help="of rising rate")
     add("--batch-size", type=count, default=64, help="images in an update")
     add("--base-lr", type=amount, default=4e-4, help="learning rate per 256 images")
     add("--weight-decay", type=amount, default=0.05, help="not on biases, norms, position")
@@ -322,10 +323,10 @@ def parse_detection(argv):
 PRESETS = {  # what differs from the authors' recipe above
     "photos": {},
     "small": dict(img_size=224, window=7, channels=64, features=256, proposals=300, boxes=128,
-                  scale=[0.5, 2.0], epochs=25, batch_size=16, base_lr=1.6e-3, clip_grad=1.0),
+                  min_scale=0.5, epochs=25, batch_size=16, base_lr=1.6e-3, clip_grad=1.0),
     "toy": dict(arch="toy", img_size=48, pretrain_size=32, patch_size=4, window=6, channels=48,
-                features=128, proposals=100, anchors=64, boxes=32, scale=[0.8, 1.25], epochs=2,
-                warmup_epochs=0.1, batch_size=4, base_lr=0.064, clip_grad=1.0)}
+                features=128, proposals=100, anchors=64, boxes=32, min_scale=0.8, max_scale=1.25,
+                epochs=2, warmup_epochs=0.1, batch_size=4, base_lr=0.064, clip_grad=1.0)}
 FAR_SIDE = torch.tensor([0, 0, 1, 1])  # boxes include the last pixel
 
 
@@ -339,7 +340,7 @@ class Samples(Dataset):
         gray = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: 0}
         self.transform = v2.Compose([  # large-scale jitter (Ghiasi et al., 2021)
             v2.RandomHorizontalFlip(),
-            v2.ScaleJitter((S, S), [max(32 / S, scale) for scale in args.scale]),  # see `least`
+            v2.ScaleJitter((S, S), (max(32 / S, args.min_scale), args.max_scale)),  # see `least`
             v2.RandomCrop(S, pad_if_needed=True, fill=gray)])
 
     def __getitem__(self, v):
@@ -367,7 +368,7 @@ def train(args):
     device = setup(args)
     data = open_scenes(args, train=True)
     validation = open_scenes(args, train=False, classes=data.classes)
-    args.classes = data.classes  # for the checkpoint
+    args.classes = data.classes  # saved
 
     torch.manual_seed(args.seed)
     model = detector(args, len(data.classes))
@@ -548,7 +549,7 @@ class Coco(Dataset):
         masks = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, H, W))
         numbers = torch.tensor(entry["numbers"], dtype=torch.float64).view(-1, 7)
         labels, area, crowd = numbers[:, 4:].T
-        least = max(H, W) // 32 + 1  # Samples scales to 32 pixels at least: no side to 0
+        least = max(H, W) // 32 + 1  # Samples scales to 32 pixels at least
         border = (0, max(0, least - W), 0, max(0, least - H))
         return F.pad(image, border), {
             "masks": F.pad(masks, border), "boxes": numbers[:, :4], "labels": labels.long(),

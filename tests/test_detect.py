@@ -572,7 +572,7 @@ def test_thin_images_keep_a_pixel(tmp_path):
         write_split(tmp_path, split, [listed(segmentation=[outline], area=500)],
                     image={"height": 1, "width": 500}, pixels=Image.new("RGB", (500, 1)))
     call(detect, "--data", tmp_path, "--preset", "toy", "--batch-size", 1, "--log-every", 1,
-         "--scale", 0, 0, "--out", tmp_path / "run")
+         "--min-scale", 0, "--out", tmp_path / "run")
     assert len(log_of(tmp_path / "run")) == 2  # two epochs
 
 
