@@ -244,6 +244,23 @@ def test_average_precision_of_a_small_example_by_hand():
     assert list(numbers.values()) == pytest.approx([by_hand] * 4)
 
 
+@pytest.mark.parametrize("wrong, expected", [(99, 100 / 100), (100, 0)])
+def test_only_the_best_100_detections_of_a_class_count(wrong, expected):
+    true = [([0, 0, 10, 10], 0, 100.0, False)]
+    found = [([0, 0, 10, 10], 0, 0.1)] + wrong * [([40, 40, 50, 50], 0, 0.8)]
+    numbers = detect.average_precision([record((60, 60), true, found)], 1, "box")
+    assert numbers["AP"] == pytest.approx(expected)
+
+
+def test_no_detection_and_no_object_are_no_error():
+    nothing = record((60, 60), [], [])
+    missed = record((60, 60), [([0, 0, 10, 10], 0, 100.0, False)], [])
+    assert nothing == {} and detect.average_precision([nothing], 1, "mask") == {}
+    assert detect.average_precision([nothing, missed], 1, "mask")["AP"] == 0
+    pasted = detect.paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (7, 9))
+    assert pasted.shape == (0, 1, 7, 9)
+
+
 # ------------------------------------------------------------ data
 
 @pytest.fixture(scope="module")
