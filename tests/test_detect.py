@@ -419,6 +419,8 @@ def test_images_are_turned_as_exif_says_where_the_listing_has_that_size(tmp_path
     assert image[:, :30].min() == 255 and image[:, 30:].max() == 0  # left became the top
     write_split(tmp_path, "train2017", [listed()], pixels=turned(6))
     assert opened(tmp_path)[0][0].shape == (3, 40, 60)
+    write_split(tmp_path, "train2017", [listed()], pixels=turned(3))  # upside down: the same size
+    assert opened(tmp_path)[0][0][:, :, :30].max() == 0
     write_split(tmp_path, "train2017", [listed()], image=upright)
     with pytest.raises(vit.InputError, match=r"a.png: 40 x 60 .*, \[60, 40\] in the listing"):
         _ = opened(tmp_path)[0]
@@ -562,6 +564,13 @@ def test_broken_listings_are_named_in_one_line(tmp_path, capsys):
         assert "instances_train2017.json" in line and words in line
 
 
+def test_a_listing_in_another_encoding_is_not_printed_whole(tmp_path, capsys):
+    path = write_split(tmp_path, "train2017", [listed()] * 50, [("caf\xe9", 3)])
+    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False), "latin-1")
+    line = refused(capsys, detect, "--data", tmp_path)
+    assert "UnicodeDecodeError" in line and len(line) < 600
+
+
 def test_a_byte_order_mark_and_folders_in_file_names_do_no_harm(tmp_path):
     path = write_split(tmp_path, "train2017", [listed()])
     text = path.read_text()
@@ -591,6 +600,8 @@ def test_thin_images_keep_a_pixel(tmp_path):
     call(detect, "--data", tmp_path, "--preset", "toy", "--batch-size", 1, "--log-every", 1,
          "--min-scale", 0, "--out", tmp_path / "run")
     assert len(log_of(tmp_path / "run")) == 2  # two epochs
+    samples = detect.Samples(opened(tmp_path), settings("--min-scale", 0, "--max-scale", 2 / 3))
+    assert all(samples[v][0].shape == (3, 48, 48) for v in range(30))
 
 
 def test_polygons_drawn_in_their_box_are_those_of_the_whole_image():
@@ -701,6 +712,43 @@ def test_detect_trains_evaluates_and_draws(toy_run):
     assert list(results["box"]) == list(results["mask"]) == ["AP", "AP50", "AP75", "APs"]
     with Image.open(toy_run / "detections.png") as figure:
         assert figure.height > 400 and len(figure.convert("L").getcolors()) > 50
+
+
+def test_biases_norms_and_position_are_not_decayed(toy_run):
+    checkpoint = torch.load(toy_run / "last.pt", weights_only=True)
+    decayed, others = checkpoint["optimizer"]["param_groups"]
+    dims = [value.ndim for value in checkpoint["model"].values()]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0)
+    assert len(decayed["params"]) == sum(ndim in (2, 4) for ndim in dims)
+    assert len(others["params"]) == sum(ndim in (1, 3) for ndim in dims)
+
+
+def test_evaluation_puts_the_images_of_all_ranks_in_order(tmp_path, monkeypatch):
+    """They are dealt in turn. Rank 0 of two sees images 0, 2, 4."""
+    def gather(ranks, records):
+        assert records == [0, 2, 4]
+        ranks[:] = [records, [1, 3]]
+    seen = []
+    monkeypatch.setattr(detect, "WORLD", 2)
+    monkeypatch.setattr(detect.dist, "all_gather_object", gather)
+    monkeypatch.setattr(detect, "compare", lambda output, truth: truth["number"])
+    monkeypatch.setattr(detect, "draw_detections", lambda *call: None)
+    monkeypatch.setattr(detect, "average_precision", lambda *call: seen.append(call) or {"AP": 1.0})
+    image = torch.zeros(3, 8, 8)
+    data = ListOfScenes((image, {"number": i, "masks": image}) for i in range(5))
+    detect.evaluate(NoDetections(), data, torch.device("cpu"), tmp_path / "a.json")
+    assert seen == [([0, 1, 2, 3, 4], 1, "box")]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"images": 5, "box": {"AP": 1.0}}
+
+
+class ListOfScenes(list):
+    classes = ["ring"]
+    kinds = ["box"]
+
+
+class NoDetections(torch.nn.Module):
+    def forward(self, images):
+        return [{"masks": torch.zeros(0, 1, 8, 8), "scores": torch.zeros(0)}]
 
 
 def test_masks_without_an_outline_are_drawn_without_a_warning(tmp_path):
