@@ -1,6 +1,6 @@
 """Detection: a pre-trained ViT-Tiny as the backbone of Mask R-CNN (ViTDet, Li et al., 2022).
 
-Blocks attend inside windows, four globally. The last map becomes a pyramid of maps. The rest is
+Blocks attend inside windows, four globally. The last map becomes a pyramid. The rest is
 torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
 
     python detect.py --init runs/mae/last.pt  # synthetic scenes: minutes
@@ -8,7 +8,7 @@ torchvision's, set as in ViTDet. COCO's average precision is computed by hand.
     python detect.py --data DIR --init runs/detect/last.pt --eval-only
 
 DIR: annotations/instances_{train,val}2017.json, train2017/, val2017/, or Roboflow's train/, valid/.
-Each rank samples its own anchors and boxes: N ranks and one give unequal runs.
+Ranks sample their own anchors and boxes: N ranks and one give unequal runs.
 Shapes: B images, D width, h heads, d = D / h, S image side; boxes are (x1, y1, x2, y2).
 """
 import argparse
@@ -40,11 +40,10 @@ from tqdm import tqdm
 
 import vit
 
-
-# ---------- the method
-
 LayerNorm2d = functools.partial(convnext.LayerNorm2d, eps=1e-6)  # over C of (B, C, H, W)
 
+
+# ---------- the method
 
 class RelativeAttention(vit.Attention):
     """Attention in windows of `side x side` tokens that knows how far apart two are (MViTv2).
@@ -59,19 +58,20 @@ class RelativeAttention(vit.Attention):
         self.side = side
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+        i = torch.arange(side)
+        self.register_buffer("apart", i[:, None] - i + side - 1, persistent=False)  # row of R
+        place = F.one_hot(torch.cartesian_prod(i, i)).flatten(1)  # (N, 2 side)
+        self.register_buffer("place", place, persistent=False)
 
     def heads(self, x):
         """q with its scores of rows and columns, k with its place one-hot: `q k` adds them up."""
         q, k, v = super().heads(x)
-        i = torch.arange(self.side, device=x.device)
-        apart = i[:, None] - i + self.side - 1  # row of R
         grid = q.unflatten(2, (self.side, self.side))
-        rows = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[apart])
-        columns = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[apart])
+        rows = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[self.apart])
+        columns = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[self.apart])
         relative = torch.cat([rows, columns], dim=-1).flatten(2, 3)  # (B, h, N, 2 side)
         q = torch.cat([q * q.shape[-1] ** -0.5, relative], dim=-1)
-        place = F.one_hot(torch.cartesian_prod(i, i), self.side).flatten(1)  # (N, 2 side)
-        k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
+        k = torch.cat([k, self.place.expand(*k.shape[:2], -1, -1)], dim=-1)
         pad = (0, -q.shape[-1] % 8)  # a GPU's fast attention needs multiples of 8
         q = F.pad(q, pad)
         return q * q.shape[-1] ** 0.5, F.pad(k, pad), v  # attention divides by this root
@@ -139,7 +139,7 @@ def detector(args, num_classes):
     Images `(3, H, W)`, 0 to 255, and targets give losses; in evaluation, images alone give boxes
     `(n, 4)`, labels and scores `(n,)`, masks `(n, 1, H, W)`.
     """
-    # Replaces torchvision's, half a pixel off, under the names that it looks up.
+    # Replaces torchvision's, half a pixel off, which it looks up by name.
     poolers.roi_align = functools.partial(roi_align, aligned=True)
     roi_heads.project_masks_on_boxes = mask_targets
     transform.paste_masks_in_image = paste_masks
@@ -149,7 +149,7 @@ def detector(args, num_classes):
     backbone = SimplePyramid(encoder, S, args.window, C)
     maps = range(len(backbone.levels))
     anchors = anchor_utils.AnchorGenerator([8 * s for s in backbone.strides], [0.5, 1, 2])
-    height = torch.tensor([0.5, 1, 2]).sqrt()  # unrounded anchors of area 1
+    height = torch.tensor([0.5, 1, 2]).sqrt()  # unrounded; area 1
     corner = torch.stack([1 / height, height], dim=1) / 2
     anchors.cell_anchors = [8 * s * torch.cat([-corner, corner], dim=1) for s in backbone.strides]
     model = MaskRCNN(
@@ -171,9 +171,8 @@ def detector(args, num_classes):
 
 def keep_boxes_in_float32(model):
     """Offsets become boxes in float32: bf16 rounds 600 pixels to a multiple of 4."""
-    heads = model.roi_heads
     for part in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred,
-                 *heads.box_predictor.children(), heads.mask_predictor):
+                 *model.roi_heads.box_predictor.children(), model.roi_heads.mask_predictor):
         part.register_forward_hook(lambda module, inputs, output: output.float())
 
 
@@ -181,7 +180,7 @@ def scale_by_the_square(model, S):
     """Maps cover the padded square; torchvision would divide by the first images' sizes."""
     maps = {k: torch.zeros(1, 1, S // s, S // s) for k, s in enumerate(model.backbone.strides)}
     for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
-        pool(maps, [torch.zeros(0, 4)], [(S, S)])  # it keeps the scales of its first call
+        pool(maps, [torch.zeros(0, 4)], [(S, S)])  # it keeps its first scales
 
 
 def mask_targets(masks, boxes, matched, size):
@@ -201,7 +200,6 @@ def paste_masks(masks, boxes, size):
 
 
 # ---------- average precision
-
 # A detection hits an object if they overlap by a threshold. Detections, best first, add points
 # (recall, precision). AP is the area under this curve, a mean over ten thresholds and all classes.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -210,6 +208,8 @@ AREAS = [(0, 1e10), (0, 1024), (1024, 9216), (9216, 1e10)]  # all, small, medium
 
 def compare(output, truth):
     """What AP needs of an image: `{("box" or "mask", class): (detections, objects)}`."""
+    order = output["scores"].argsort(descending=True, stable=True)
+    objects = torch.column_stack([truth["area"], truth["crowd"]])
     boxes, true_boxes = output["boxes"].double(), truth["boxes"].double()
     low = torch.maximum(boxes[:, None, :2], true_boxes[:, :2])
     high = torch.minimum(boxes[:, None, 2:], true_boxes[:, 2:])
@@ -223,23 +223,22 @@ def compare(output, truth):
         union = torch.where(truth["crowd"], area[:, None], union)  # a crowd: the detection itself
         overlaps = shared / union.clamp(min=1e-9)
         for c in {*output["labels"].tolist(), *truth["labels"].tolist()}:
-            found = output["labels"] == c
+            found = order[output["labels"][order] == c][:100]
             true = truth["labels"] == c
             detections = [output["scores"][found], area[found], overlaps[found][:, true]]
-            objects = [truth["area"][true], truth["crowd"][true]]
-            record[kind, c] = [torch.column_stack(each).tolist() for each in (detections, objects)]
+            record[kind, c] = torch.column_stack(detections).tolist(), objects[true].tolist()
     return record
 
 
 def class_precision(images, low, high, threshold):
     """AP of one class at one threshold. Crowds and objects of other areas do not count."""
-    ranked = []  # score and hit or miss of each detection
+    ranked = []  # (score, is a hit)
     total = 0
     for detections, objects in images:  # score, area, overlap with each object; area, crowd
         counted = [low <= area <= high and not crowd for area, crowd in objects]
         total += sum(counted)
         free = [True] * len(objects)
-        for score, area, *overlaps in sorted(detections, key=itemgetter(0), reverse=True)[:100]:
+        for score, area, *overlaps in detections:  # best first
             fits = [(counted[j], overlap, j) for j, overlap in enumerate(overlaps)
                     if overlap >= threshold and free[j]]
             valid = low <= area <= high
@@ -291,9 +290,9 @@ def parse_detection(argv):
     add("--min-scale", type=amount, default=0.1, help="in --img-size")
     add("--max-scale", type=amount, default=2.0, help="in --img-size")
     add("--epochs", type=amount, default=100, help="passes over images")
-    add("--warmup-epochs", type=amount, default=0.136, help="of rising rate")
+    add("--warmup-epochs", type=amount, default=0.136, help="of warm-up")
     add("--batch-size", type=count, default=64, help="images in an update")
-    add("--base-lr", type=amount, default=4e-4, help="learning rate per 256 images")
+    add("--base-lr", type=amount, default=4e-4, help="per 256 images")
     add("--weight-decay", type=amount, default=0.05, help="not on biases, norms, position")
     add("--clip-grad", type=amount, help="largest norm of the gradient")
     add("--init", help="encoder to start from")
@@ -302,9 +301,9 @@ def parse_detection(argv):
     add("--val-scenes", type=count, default=150, help="to evaluate")
     add("--out", type=Path, default="runs/detect", help="folder of results")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--seed", type=int, default=0, help="of random numbers")
     add("--accum", type=count, default=1, help="micro-batches in an update")
-    add("--amp", choices=AMP, help="mixed precision, else by GPU")
+    add("--amp", choices=AMP, help="mixed precision")
     add("--workers", type=int, default=WORKERS, help="loading processes")
     add("--log-every", type=count, default=10, help="steps between log lines")
     add("--save-minutes", type=amount, default=5.0, help="minutes between saves")
@@ -346,7 +345,7 @@ class Samples(Dataset):
     def __getitem__(self, v):
         image, truth = self.data[shuffled(v, len(self.data), self.seed)]  # seeds torch, too
         image, masks = self.transform(tv_tensors.Image(image), tv_tensors.Mask(truth["masks"]))
-        kept = masks.sum(dim=(1, 2)) > 0  # some objects lie outside the crop
+        kept = masks.sum(dim=(1, 2)) > 0  # others lie outside the crop
         return image, masks_to_boxes(masks[kept]) + FAR_SIDE, truth["labels"][kept], masks[kept]
 
 
@@ -389,7 +388,7 @@ def train(args):
     warmup = min(steps - 1, round(args.warmup_epochs * len(data) / B))
     end = min(steps, done + (args.max_steps or steps))
     log = Log(args, scaler)
-    mine = range(done * B + RANK, end * B, WORLD)  # dealt to the ranks in turn
+    mine = range(done * B + RANK, end * B, WORLD)  # dealt to ranks in turn
     batches = log.timed(DataLoader(
         Samples(data, args), B // (WORLD * args.accum), sampler=mine, collate_fn=collate,
         num_workers=args.workers, pin_memory=torch.cuda.is_available()))
@@ -427,13 +426,14 @@ def train(args):
 
 
 def evaluate_only(args):
-    """The detector in --init, or in --out, with its sizes and classes; writes beside it."""
+    """The detector in --init, else in --out; writes beside it."""
     path = Path(args.init or args.out / "last.pt")
     checkpoint = vit.open_checkpoint(path)
     config = checkpoint.get("config") or {}
     if "proposals" not in config:
         raise vit.InputError(f"{path}: not a detector of detect.py")
     args.img_size = config["img_size"]  # of toy scenes
+    args.batch_size = WORLD * args.accum  # any ranks
     device = setup(args)
     data = open_scenes(args, train=False, classes=config["classes"])
     model = detector(argparse.Namespace(**config), len(data.classes))
@@ -443,7 +443,7 @@ def evaluate_only(args):
 
 @torch.no_grad()
 def evaluate(model, data, device, path):
-    """Prints and writes AP, draws six images; no autocast. Images are dealt to ranks."""
+    """Prints and writes AP, draws six images; no autocast."""
     model.eval()
     records = []
     shown = []
@@ -476,7 +476,7 @@ def draw_detections(path, shown, title):
         for axis, masks in zip(column, ([], true, predicted)):
             axis.imshow(image.permute(1, 2, 0).numpy())
             for k, mask in enumerate(masks):
-                if 0 < mask.float().mean() < 1:  # has an outline
+                if 0 < mask.float().mean() < 1:
                     axis.contour(mask.numpy(), [0.5], colors=f"C{k}")
     figure.suptitle(f"{title}\nimage, true, predicted (score >= 0.5)")
     figure.savefig(path)
@@ -518,7 +518,7 @@ class ToyScenes(Dataset):
         shapes = [vit.TOY_CLASSES.index(self.classes[label]) for label in labels]
         drawn, masks = vit.draw_shapes(torch.tensor(shapes), uniform, self.args.img_size)
         image = drawn[0]
-        for k in range(1, len(labels)):  # later ones in front
+        for k in range(1, len(labels)):  # later ones on top
             image = torch.where(masks[k], drawn[k], image)
             masks[:k] &= ~masks[k]
         seen = masks.sum(dim=(1, 2)) > 40
@@ -569,7 +569,7 @@ def read_listing(root, train, classes):
     try:
         listing = json.loads(path.read_text(encoding="utf-8-sig"))  # skips a byte order mark
         names = {entry["id"]: entry["name"] for entry in listing["categories"]}
-        classes = classes or [names[number] for number in sorted(names)]
+        classes = classes or list(dict.fromkeys(names[number] for number in sorted(names)))
         for entry in sorted(listing["images"], key=itemgetter("id")):
             name = entry["file_name"].replace("\\", "/")
             file = folder / name if (folder / name).is_file() else root / name
@@ -654,7 +654,7 @@ def object_mask(outline, height, width):
         runs = outline["counts"]
         return np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T  # by columns
     mask = np.zeros((height, width), np.uint8)
-    for polygon in outline:  # drawn 5 times as large, as PIL fills all that a border touches
+    for polygon in outline:  # 5 times as large: PIL fills all that a border touches
         points = np.reshape(polygon, (-1, 2))  # x, y
         left, top = np.clip(points.min(axis=0).astype(int) - 1, 0, [width, height])
         right, bottom = np.clip(points.max(axis=0).astype(int) + 1, 0, [width, height])

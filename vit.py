@@ -214,7 +214,7 @@ def init_weights(model, scheme="xavier"):
 # ---------- weights
 
 class LoadReport(NamedTuple):
-    missing: list  # tensors of the model that are not in the file: they keep their initial values
+    missing: list  # tensors that the file lacks, but zero tables: they keep their initial values
     unused: list  # tensors of the file that the model has no place for
 
     def __str__(self):

@@ -13,7 +13,7 @@ SHARED = plumbing((ROOT / "mae.py").read_text())
 LESSONS = {"distill": 120, "simmim": 150}  # changed lines above the plumbing, against mae.py
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "analysis"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_plumbing_of_one_name_is_one_text(script):
     """`python tests/plumbing.py` copies mae.py's."""
     own = plumbing((ROOT / f"{script}.py").read_text())
@@ -22,7 +22,17 @@ def test_plumbing_of_one_name_is_one_text(script):
         assert own[name] == SHARED[name], name
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "analysis"])
+def test_detect_parses_as_all_others_but_for_its_options():
+    """Its own parser begins and ends with the text of `parse`."""
+    text = (ROOT / "detect.py").read_text()
+    own = text[text.index("def parse_detection"):]
+    for first, last in (("    parser = argparse", "    add = "), ("    if typed.resume", "(argv)")):
+        shared = SHARED["parse"][SHARED["parse"].index(first):]
+        shared = shared[:shared.rindex(last) + len(last)]
+        assert shared.count("\n") >= 3 and shared in own
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_has_no_plumbing_that_it_does_not_use(script):
     text = (ROOT / f"{script}.py").read_text()
     for name in plumbing(text).keys() - {"__main__"}:
